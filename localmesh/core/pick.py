@@ -33,8 +33,8 @@ def candidates(
 ) -> list[Candidate]:
     """Return the replicas of a model that a holder may pick: routable, not ejected, below their limit."""
     found = []
-    for replica in snapshot.replicas_of(model):
-        if not snapshot.routable(replica) or ejected(replica.id):
+    for replica in snapshot.routable_replicas(model):
+        if ejected(replica.id):
             continue
         in_flight = own_in_flight(replica.id) + snapshot.in_flight(replica.id, without=holder)
         if in_flight >= replica.limit:

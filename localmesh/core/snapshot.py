@@ -84,35 +84,26 @@ class Snapshot:
             and not approval.draining
         )
 
-    def revision_is_routable(self, replica: ReplicaRecord) -> bool:
-        """Whether T4 lets the replica's revision be picked.
+    def routable_replicas(self, model: ModelName) -> list[ReplicaRecord]:
+        """Return the replicas that requests may be sent to: READY, present, on a usable node, of a routable revision.
 
-        The current revision always is. An older one is, unless the rollout is immediate, until a replica of the current
-        one can be picked.
+        T4 says which revisions are routable. The current one always is; older ones are until a replica of the current
+        one can be picked, unless the rollout is immediate.
         """
-        model = self.models.get(replica.id.model)
-        if model is None:
-            return False
-        if replica.revision == model.revision:
-            return True
-        if self.policy(replica.id.model).immediate:
-            return False
-        return not any(
-            r.revision == model.revision
-            and r.state is ReplicaState.READY
-            and self.present(r)
-            and self.usable(r.id.node)
-            for r in self.replicas_of(replica.id.model)
-        )
+        record = self.models.get(model)
+        if record is None:
+            return []
+        ready = [
+            r
+            for r in self.replicas_of(model)
+            if r.state is ReplicaState.READY and self.present(r) and self.usable(r.id.node)
+        ]
+        current = [r for r in ready if r.revision == record.revision]
+        return current if current or self.policy(model).immediate else ready
 
     def routable(self, replica: ReplicaRecord) -> bool:
-        """Whether requests may be sent to the replica: READY, present, on a usable node, of a routable revision."""
-        return (
-            replica.state is ReplicaState.READY
-            and self.present(replica)
-            and self.usable(replica.id.node)
-            and self.revision_is_routable(replica)
-        )
+        """Whether requests may be sent to this replica: see `routable_replicas`."""
+        return replica in self.routable_replicas(replica.id.model)
 
     def in_flight(self, replica: ReplicaId, *, without: HolderId | None = None) -> int:
         """Return the published number of requests in flight, without those of one holder."""
