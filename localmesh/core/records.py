@@ -10,7 +10,10 @@ from types import MappingProxyType
 
 from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId
 
-_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+def _nothing() -> Mapping[str, str]:
+    # A factory, because Python 3.11 takes an unhashable default for a mutable one.
+    return MappingProxyType({})
 
 
 @unique
@@ -56,7 +59,7 @@ class ModelSpec:
     embeddings: bool = False
     max_concurrent_requests: int = 0
     """Requests accepted at once; 0 is 16 for each slot."""
-    options: Mapping[str, str] = _NOTHING
+    options: Mapping[str, str] = field(default_factory=_nothing)
     memory_bytes: int = 0
     """Device memory of a replica; 0 means that the node estimates it."""
     device_kind: str = ""
@@ -67,7 +70,7 @@ class ModelSpec:
 class Policy:
     """Where replicas of a model may be, and how many."""
 
-    node_selector: Mapping[str, str] = _NOTHING
+    node_selector: Mapping[str, str] = field(default_factory=_nothing)
     min_replicas: int = 0
     max_replicas: int = 0
     """0 is no limit."""
@@ -100,7 +103,7 @@ class ApprovalRecord:
     approved: bool = True
     cordoned: bool = False
     draining: bool = False
-    labels: Mapping[str, str] = _NOTHING
+    labels: Mapping[str, str] = field(default_factory=_nothing)
     mod_revision: int = 0
 
 
@@ -124,7 +127,7 @@ class NodeRecord:
     """Id of the presence lease."""
     record_lease: int
     endpoint: str
-    labels: Mapping[str, str] = _NOTHING
+    labels: Mapping[str, str] = field(default_factory=_nothing)
     engines: tuple[EngineInfo, ...] = ()
     max_replicas_per_model: int = 1
     key_fingerprint: str = ""

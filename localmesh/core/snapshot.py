@@ -1,7 +1,7 @@
 """The mesh at one revision of the store: an immutable view that is swapped whole."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +22,13 @@ from localmesh.core.records import (
 )
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+def _empty() -> Mapping[Any, Any]:
+    # A factory, because Python 3.11 takes an unhashable default for a mutable one.
+    return _EMPTY
+
+
 _DEFAULT_POLICY = Policy()
 
 
@@ -31,19 +38,19 @@ class Snapshot:
 
     revision: int = 0
     """Revision of the store up to which every change is in it."""
-    models: Mapping[ModelName, ModelRecord] = _EMPTY
-    policies: Mapping[ModelName, PolicyRecord] = _EMPTY
-    approvals: Mapping[NodeName, ApprovalRecord] = _EMPTY
-    nodes: Mapping[NodeName, NodeRecord] = _EMPTY
+    models: Mapping[ModelName, ModelRecord] = field(default_factory=_empty)
+    policies: Mapping[ModelName, PolicyRecord] = field(default_factory=_empty)
+    approvals: Mapping[NodeName, ApprovalRecord] = field(default_factory=_empty)
+    nodes: Mapping[NodeName, NodeRecord] = field(default_factory=_empty)
     """Present nodes only."""
-    measured: Mapping[NodeName, MeasuredRecord] = _EMPTY
-    sources: Mapping[NodeName, Mapping[ModelName, SourceRecord]] = _EMPTY
-    devices: Mapping[NodeName, Mapping[DeviceId, DeviceRecord]] = _EMPTY
-    replicas: Mapping[ModelName, Mapping[ReplicaId, ReplicaRecord]] = _EMPTY
-    progress: Mapping[ReplicaId, ProgressRecord] = _EMPTY
-    inflight: Mapping[ReplicaId, Mapping[HolderId, int]] = _EMPTY
+    measured: Mapping[NodeName, MeasuredRecord] = field(default_factory=_empty)
+    sources: Mapping[NodeName, Mapping[ModelName, SourceRecord]] = field(default_factory=_empty)
+    devices: Mapping[NodeName, Mapping[DeviceId, DeviceRecord]] = field(default_factory=_empty)
+    replicas: Mapping[ModelName, Mapping[ReplicaId, ReplicaRecord]] = field(default_factory=_empty)
+    progress: Mapping[ReplicaId, ProgressRecord] = field(default_factory=_empty)
+    inflight: Mapping[ReplicaId, Mapping[HolderId, int]] = field(default_factory=_empty)
     """Requests in flight by holder. A count of 0 is still a presence: see T2."""
-    failures: Mapping[ModelName, Mapping[NodeName, FailureRecord]] = _EMPTY
+    failures: Mapping[ModelName, Mapping[NodeName, FailureRecord]] = field(default_factory=_empty)
     guarded: bool = False
     """The mass-expiry guard is on."""
     leader: str = ""
