@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 _MAX_KEYS = 100_000
-_MAX_TENSORS = 1_000_000
-_MAX_ELEMENTS = 8_000_000
+_MAX_TENSORS = 100_000
+_MAX_ELEMENTS = 2_000_000
 """Array elements that are looked at one by one, in the whole header."""
 _MAX_STRING = 16 << 20
 _MAX_KEPT_BYTES = 64 << 20
@@ -85,8 +85,8 @@ class Header:
     weights_bytes: int
     """Bytes of all tensors."""
     repacked: bool
-    """Whether most weights are of a type that a CPU engine copies at load. The copy is what the process owns; the file's
-    pages can be taken back by the system, so the weights count once, but resident memory shows them twice."""
+    """Whether most weights are of a type that a CPU engine copies at load. The copy is what the process owns; the pages
+    of the file can be taken back by the system, so the weights count once, but resident memory shows them twice."""
 
     @property
     def architecture(self) -> str:
@@ -133,7 +133,7 @@ class Estimate:
 
     @property
     def without_weights(self) -> int:
-        """What a further replica takes on a CPU, where the weights are shared by all replicas that map the same file."""
+        """What a further replica takes on a CPU, where all replicas that map the same file share its weights."""
         return self.total - self.weights
 
 

@@ -2,7 +2,7 @@
 
 The worker writes a `ReplicaSpecFile` (JSON, mode 0600) and starts the process with its path. The process writes status
 events to a file descriptor that it inherits, one JSON object a line. Reading is strict both ways: what is missing,
-unknown or of the wrong type is a ValueError that names the key, so that a disagreement of the two sides is seen at once.
+unknown or of the wrong type is a ValueError that names the key: a disagreement of the two sides is seen at once.
 """
 
 import json
