@@ -508,8 +508,13 @@ class ReplicaReport(_message.Message):
     LOADING_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """Revision it was loaded with."""
+    placement: _builtins.int
+    """The placement that the report is about, as in WantedReplica; 0 when the worker was never told of one. A report of
+    an earlier placement than the one in the store changes nothing there; such an exit is taken at once.
+    """
     @_builtins.property
     def ref(self) -> _types_pb2.ReplicaRef:
         """Which."""
@@ -534,10 +539,11 @@ class ReplicaReport(_message.Message):
         loading: Global___ReplicaLoading | None = ...,
         serving: Global___ReplicaServing | None = ...,
         exited: Global___ReplicaExited | None = ...,
+        placement: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "loading", b"loading", "observed", b"observed", "ref", b"ref", "serving", b"serving"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "loading", b"loading", "observed", b"observed", "ref", b"ref", "revision", b"revision", "serving", b"serving"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "loading", b"loading", "observed", b"observed", "placement", b"placement", "ref", b"ref", "revision", b"revision", "serving", b"serving"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_observed: _TypeAlias = _typing.Literal["loading", "serving", "exited"]  # noqa: Y015
     _WhichOneofArgType_observed: _TypeAlias = _typing.Literal["observed", b"observed"]  # noqa: Y015
@@ -918,10 +924,15 @@ class WantedReplica(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ReplicaState.ValueType
     """State in the store: UNLOADING means stop it."""
     revision: _builtins.str
     """Revision to load."""
+    placement: _builtins.int
+    """Store revision at which the replica was placed (its record's create revision): one life of the name `ref`. A worker
+    starts at most one process for each placement, so a set that still shows a replica that has exited starts nothing.
+    """
     @_builtins.property
     def ref(self) -> _types_pb2.ReplicaRef:
         """Which."""
@@ -942,10 +953,11 @@ class WantedReplica(_message.Message):
         revision: _builtins.str = ...,
         spec: _types_pb2.ModelSpec | None = ...,
         devices: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        placement: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "ref", b"ref", "revision", b"revision", "spec", b"spec", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "placement", b"placement", "ref", b"ref", "revision", b"revision", "spec", b"spec", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
