@@ -1,0 +1,1 @@
+"""Wiring: from configuration to running components, and the whole mesh on one machine."""
