@@ -1,0 +1,238 @@
+"""What the elected reconciler does next: the mesh in, a plan out.
+
+Level-triggered: the plan follows from the snapshot and from since when nodes are missing, from nothing else. Whoever
+carries it out may stop in the middle, meet a conflict, or die: the next plan begins from what is there then. Replicas
+that are on their way count as if they were there, so that waiting for one never places another.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from localmesh.core.errors import NoCapacity, PlacementFailed
+from localmesh.core.ids import ModelName, NodeName
+from localmesh.core.records import ModelRecord, ReplicaRecord, ReplicaState
+from localmesh.core.snapshot import Snapshot
+from localmesh.scheduling.assume import with_placement, without_replica
+from localmesh.scheduling.placement import PlacementPlan, plan_placement
+
+Life = tuple[NodeName, int]
+"""One life of a node: its name and incarnation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconcileConfig:
+    """How the reconciler decides."""
+
+    dead_after_seconds: float = 30.0
+    """A node that has been away for this long is replaced."""
+    max_coming_per_model: int = 4
+    """Replicas of one model that may be loading at once on the reconciler's account."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconcileState:
+    """What the reconciler remembers from one plan to the next. A new leader begins with an empty one."""
+
+    absent_since: Mapping[Life, float] = field(default_factory=lambda: MappingProxyType({}))
+    """When a life of a node that replicas belong to was first seen to be over, on the caller's clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Place a replica (T1)."""
+
+    plan: PlacementPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Let a replica take no new lock (T3a)."""
+
+    replica: ReplicaRecord
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload:
+    """Let the node stop a replica, if nobody holds it (T3)."""
+
+    replica: ReplicaRecord
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """Remove the record and claims of a replica that its node's next life does not know."""
+
+    replica: ReplicaRecord
+
+
+Action = Place | Drain | Unload | Forget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do now. The actions do not conflict with one another: no two place the same model or on the same node."""
+
+    actions: tuple[Action, ...]
+    state: ReconcileState
+    """To be given to the next plan."""
+    unplaced: Mapping[ModelName, PlacementFailed] = field(default_factory=lambda: MappingProxyType({}))
+    """Models that need a replica which fits nowhere, and why."""
+    wake_after_seconds: float | None = None
+    """When a plan of the same snapshot may differ; None for never."""
+
+
+def reconcile(snapshot: Snapshot, *, now: float, state: ReconcileState, config: ReconcileConfig | None = None) -> Plan:
+    """Return what brings the mesh nearer to what is wanted.
+
+    Args:
+        snapshot: The mesh.
+        now: Seconds on a monotonic clock.
+        state: That of the plan before.
+        config: How to decide.
+    """
+    config = config or ReconcileConfig()
+    absent = _absent_since(snapshot, now=now, before=state.absent_since)
+    after = ReconcileState(absent_since=absent)
+    if snapshot.guarded:
+        return Plan(actions=(), state=after)
+    over = {life for life, since in absent.items() if now - since >= config.dead_after_seconds}
+    waits = [since + config.dead_after_seconds - now for life, since in absent.items() if life not in over]
+    planner = _Planner(snapshot, over=over, config=config)
+    planner.run()
+    return Plan(
+        actions=tuple(planner.actions),
+        state=after,
+        unplaced=MappingProxyType(planner.unplaced),
+        wake_after_seconds=min(waits, default=None),
+    )
+
+
+def _absent_since(snapshot: Snapshot, *, now: float, before: Mapping[Life, float]) -> Mapping[Life, float]:
+    lives = {(r.id.node, r.incarnation) for r in snapshot.all_replicas() if not snapshot.present(r)}
+    return MappingProxyType({life: before.get(life, now) for life in sorted(lives)})
+
+
+class _Planner:
+    """Collects the actions of one plan. Lives for one call of `reconcile`."""
+
+    def __init__(self, snapshot: Snapshot, *, over: set[Life], config: ReconcileConfig) -> None:
+        self.actions: list[Action] = []
+        self.unplaced: dict[ModelName, PlacementFailed] = {}
+        self._actual = snapshot
+        self._assumed = snapshot
+        self._config = config
+        self._used_nodes: set[NodeName] = set()
+        self._dead = frozenset(
+            r.id for r in snapshot.all_replicas() if not snapshot.present(r) and (r.id.node, r.incarnation) in over
+        )
+
+    def run(self) -> None:
+        for name in sorted({*self._actual.models, *self._actual.replicas}):
+            replicas = sorted(self._actual.replicas_of(name), key=lambda r: r.id)
+            self._forget(replicas)
+            self._finish_draining(replicas)
+            model = self._actual.models.get(name)
+            if model is None:
+                self._stop([r for r in replicas if self._stoppable(r)], why="its model was deleted")
+            else:
+                self._model(model, replicas)
+
+    def _model(self, model: ModelRecord, replicas: Sequence[ReplicaRecord]) -> None:
+        live = [r for r in replicas if self._counts(r)]
+        new = [r for r in live if r.revision == model.revision]
+        old = [r for r in live if r.revision != model.revision]
+        self._stop(list(self._superseded(model, old, new)), why=f"revision {model.revision} replaces it")
+        self._stop(self._surplus(model, old, new), why="the model has more replicas than its maximum")
+        lost = 1 if not live and any(r.id in self._dead for r in replicas) else 0
+        wanted = max(self._actual.policy(model.spec.name).min_replicas, len(old), lost)
+        coming = sum(1 for r in new if r.state.coming)
+        if len(new) < wanted and coming < self._config.max_coming_per_model:
+            self._place(model, replicas, old=old, new=new)
+
+    def _place(
+        self,
+        model: ModelRecord,
+        replicas: Sequence[ReplicaRecord],
+        *,
+        old: Sequence[ReplicaRecord],
+        new: Sequence[ReplicaRecord],
+    ) -> None:
+        name = model.spec.name
+        try:
+            plan = plan_placement(self._assumed, name, dead=self._dead)
+        except PlacementFailed as error:
+            self.unplaced[name] = error
+            if isinstance(error, NoCapacity) and not new:
+                self._make_room(model, replicas, old)
+            return
+        # A second claim on a device conflicts with the first: the node's turn comes again with the next snapshot.
+        if plan.replica.node not in self._used_nodes:
+            self._used_nodes.add(plan.replica.node)
+            self.actions.append(Place(plan=plan))
+        self._assumed = with_placement(self._assumed, plan)
+
+    def _make_room(self, model: ModelRecord, replicas: Sequence[ReplicaRecord], old: Sequence[ReplicaRecord]) -> None:
+        """Replace a replica of the old revision in place, where the two do not fit side by side."""
+        if any(r.state.leaving and r.id not in self._dead for r in replicas):
+            return  # room is on its way
+        for replica in sorted((r for r in old if self._stoppable(r)), key=lambda r: (-r.id.index, r.id)):
+            try:
+                plan_placement(without_replica(self._assumed, replica), model.spec.name, dead=self._dead)
+            except PlacementFailed:
+                continue
+            self._stop([replica], why=f"revision {model.revision} does not fit beside it")
+            return
+
+    def _superseded(
+        self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]
+    ) -> Iterator[ReplicaRecord]:
+        immediate = self._actual.policy(model.spec.name).immediate
+        serving = any(r.state is ReplicaState.READY and self._actual.present(r) for r in new)
+        for replica in old:
+            # What has not finished loading is never wanted again: the node is not even told its spec any more.
+            if self._stoppable(replica) and (immediate or serving or replica.state.coming):
+                yield replica
+
+    def _surplus(
+        self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]
+    ) -> list[ReplicaRecord]:
+        limit = self._actual.policy(model.spec.name).max_replicas
+        stopped = {a.replica.id for a in self.actions if isinstance(a, Drain | Unload)}
+        live = [r for r in (*old, *new) if r.id not in stopped]
+        if not limit or len(live) <= limit:
+            return []
+        order = sorted((r for r in live if self._stoppable(r)), key=lambda r: (not r.state.coming, -r.id.index, r.id))
+        return order[: len(live) - limit]
+
+    def _forget(self, replicas: Sequence[ReplicaRecord]) -> None:
+        for replica in replicas:
+            if replica.id in self._dead and replica.id.node in self._actual.nodes:
+                self.actions.append(Forget(replica=replica))
+
+    def _finish_draining(self, replicas: Sequence[ReplicaRecord]) -> None:
+        for replica in replicas:
+            if replica.state is ReplicaState.DRAINING and self._actual.present(replica) and not self._held(replica):
+                self.actions.append(Unload(replica=replica, why="it has drained"))
+
+    def _stop(self, replicas: Sequence[ReplicaRecord], *, why: str) -> None:
+        for replica in replicas:
+            if replica.state is ReplicaState.READY:
+                self.actions.append(Drain(replica=replica, why=why))
+            else:
+                self.actions.append(Unload(replica=replica, why=why))
+
+    def _counts(self, replica: ReplicaRecord) -> bool:
+        """Whether a replica serves or will: not leaving, and on a node that is not lost or out of use."""
+        if replica.state.leaving or replica.id in self._dead:
+            return False
+        return not self._actual.present(replica) or self._actual.usable(replica.id.node)
+
+    def _stoppable(self, replica: ReplicaRecord) -> bool:
+        """Whether there is a node to stop it, and it was not told to yet."""
+        return self._actual.present(replica) and not replica.state.leaving
+
+    def _held(self, replica: ReplicaRecord) -> bool:
+        return bool(self._actual.inflight.get(replica.id))
