@@ -33,11 +33,11 @@ M = ModelName("m")
 GPU = DeviceId("GPU-1")
 
 
-def device(node: str, id: str = CPU, *, budget: int = 8 * GIB, claims: dict[ReplicaId, int] | None = None) -> Any:
+def device(node: str, name: str = CPU, *, budget: int = 8 * GIB, claims: dict[ReplicaId, int] | None = None) -> Any:
     return DeviceRecord(
         node=NodeName(node),
-        id=DeviceId(id),
-        kind="cpu" if id == CPU else "gpu",
+        id=DeviceId(name),
+        kind="cpu" if name == CPU else "gpu",
         total_bytes=budget,
         budget_bytes=budget,
         claims=claims or {},
@@ -125,9 +125,7 @@ def test_a_device_without_measurement_is_not_full() -> None:
 
 def test_what_loading_replicas_will_take_comes_off_the_measurement() -> None:
     other = ReplicaId(ModelName("other"), NodeName("a"), 0)
-    record = ReplicaRecord(
-        id=other, state=ReplicaState.LOADING, revision="x", incarnation=100, devices={CPU: 3 * GIB}
-    )
+    record = ReplicaRecord(id=other, state=ReplicaState.LOADING, revision="x", incarnation=100, devices={CPU: 3 * GIB})
     state = replace(
         with_device(mesh("a"), device("a", claims={other: 3 * GIB})),
         measured={NodeName("a"): MeasuredRecord(free_bytes={CPU: 3 * GIB + 100})},
