@@ -1,0 +1,218 @@
+"""What surrounds every call of our servers. Written once for all four kinds of call."""
+
+import inspect
+import logging
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import lru_cache
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from localmesh.core.errors import InternalError, InvalidRequest, MeshError, MethodUnknown
+from localmesh.rpc.errors import abort_with
+from localmesh.rpc.identity import IdentityPolicy, peer_identity
+
+_log = logging.getLogger(__name__)
+
+_MAKERS: Final[dict[tuple[bool, bool], Any]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
+    """Runs `around` around every call, of whichever kind.
+
+    A handler that is neither a coroutine function nor an async generator function is passed on untouched: it would run
+    in a thread, and no servicer of ours is one.
+    """
+
+    def __init__(self) -> None:
+        # Methods are few but callers may invent names: bounded.
+        self._wrapped = lru_cache(maxsize=1024)(self._wrap)
+
+    @abstractmethod
+    def around(self, method: str, context: Any) -> AbstractAsyncContextManager[None]:
+        """Return what is entered before the servicer is called and left when it is done.
+
+        Args:
+            method: Full name, "/package.Service/Method".
+            context: The grpc.aio.ServicerContext.
+        """
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """Return the handler that gRPC shall call."""
+        handler = await continuation(details)
+        return handler and self._wrapped(handler, details.method)
+
+    def _wrap(self, handler: Any, method: str) -> Any:
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if inspect.isasyncgenfunction(behaviour):
+            wrapped: Any = self._around_generator(behaviour, method)
+        elif inspect.iscoroutinefunction(behaviour):
+            wrapped = self._around_coroutine(behaviour, method)
+        else:
+            return handler
+        make = _MAKERS[handler.request_streaming, handler.response_streaming]
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _around_coroutine(self, behaviour: Any, method: str) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            async with self.around(method, context):
+                return await behaviour(request, context)
+
+        return call
+
+    def _around_generator(self, behaviour: Any, method: str) -> Any:
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with self.around(method, context), aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return call
+
+
+class ErrorInterceptor(CallInterceptor):
+    """Turns what a servicer raises into a status.
+
+    A MeshError becomes its status with details. A request that cannot be decoded becomes INVALID_ARGUMENT. Anything
+    else is a bug: INTERNAL "internal error" for the caller, one log record with the traceback for us. Cancellation and
+    a servicer's own context.abort pass.
+    """
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """Return the handler that gRPC shall call; for a method that nobody serves, one that says so."""
+        handler = await continuation(details)
+        return self._wrapped(handler or _NOBODY, details.method)
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Any) -> AsyncIterator[None]:
+        """See CallInterceptor."""
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except MeshError as error:
+            await abort_with(context, error)
+        except Exception as error:  # noqa: BLE001 - the edge: a bug in a servicer must not end the server
+            if context.done() or context.cancelled():
+                return  # the caller left; what grpc raised because of it is no bug
+            _log.error("a call of %s failed unexpectedly", method, exc_info=error)
+            await abort_with(context, InternalError("internal error; the server's log has the details"))
+
+    def _wrap(self, handler: Any, method: str) -> Any:
+        if handler is _NOBODY:
+            handler = _unknown(method)
+        return super()._wrap(_with_safe_decoding(handler), method)
+
+
+class IdentityInterceptor(CallInterceptor):
+    """Refuses calls that a policy does not allow. Without TLS nobody has an identity, and it is not installed."""
+
+    def __init__(self, policy: IdentityPolicy) -> None:
+        super().__init__()
+        self._policy = policy
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Any) -> AsyncIterator[None]:
+        """See CallInterceptor."""
+        self._policy(method, peer_identity(context))
+        yield
+
+
+ORDER: Final[tuple[type[CallInterceptor], ...]] = (
+    ErrorInterceptor,  # first, so that it also maps what the others raise
+    IdentityInterceptor,  # before anything that costs work or shows state
+)
+"""Our interceptors, the outermost first. Those of a component come after all of them."""
+
+
+def chain(policy: IdentityPolicy | None, own: Iterable[Any]) -> tuple[Any, ...]:
+    """Return a server's interceptors in ORDER, then a component's own.
+
+    Args:
+        policy: Who may call what; None where callers have no identity.
+        own: Further grpc.aio.ServerInterceptors, outermost first.
+    """
+    built: dict[type[CallInterceptor], CallInterceptor] = {ErrorInterceptor: ErrorInterceptor()}
+    if policy is not None:
+        built[IdentityInterceptor] = IdentityInterceptor(policy)
+    return (*(built[kind] for kind in ORDER if kind in built), *own)
+
+
+_NOBODY: Final = object()
+
+
+def _unknown(method: str) -> Any:
+    async def refuse(request: Any, context: Any) -> None:  # noqa: ARG001 - grpc's signature
+        raise MethodUnknown(f"this server does not serve {method[:200]}", method=method[:200])
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class _Undecodable:
+    """Stands for a request whose bytes are no message of its type."""
+
+
+_UNDECODABLE: Final = _Undecodable()
+_SAYS: Final = "the request's bytes are no message of the type that the method takes"
+
+
+def _with_safe_decoding(handler: Any) -> Any:
+    """Return the handler with a deserializer whose failure reaches the interceptor.
+
+    grpc decodes a single request before it calls the servicer, outside every interceptor: the failure would become
+    UNKNOWN with the text of a Python exception, and a traceback in the log for any stranger's bytes.
+    """
+    decode = handler.request_deserializer
+    if decode is None:
+        return handler
+
+    def decode_or_raise(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError as error:
+            raise InvalidRequest(_SAYS, field="") from error
+
+    def decode_or_mark(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError:
+            return _UNDECODABLE
+
+    if handler.request_streaming:
+        return handler._replace(request_deserializer=decode_or_raise)
+    kind = "unary_stream" if handler.response_streaming else "unary_unary"
+    checked = _checking(getattr(handler, kind))
+    return handler._replace(request_deserializer=decode_or_mark, **{kind: checked})
+
+
+def _checking(behaviour: Any) -> Any:
+    if inspect.isasyncgenfunction(behaviour):
+
+        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+            if request is _UNDECODABLE:
+                raise InvalidRequest(_SAYS, field="")
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return generate
+    if inspect.iscoroutinefunction(behaviour):
+
+        async def call(request: Any, context: Any) -> Any:
+            if request is _UNDECODABLE:
+                raise InvalidRequest(_SAYS, field="")
+            return await behaviour(request, context)
+
+        return call
+    return behaviour
