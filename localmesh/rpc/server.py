@@ -206,7 +206,7 @@ class _Registrar:
     """Stands in for the server towards generated code: adds services by their generic handlers only.
 
     What generated code also does, registering each method by itself, makes grpc.aio wait for one future per method at
-    every call (1.85): a server with twenty methods is measurably slower.
+    every call (1.85): 5 % more CPU for each call of a server with nine methods.
     """
 
     def __init__(self, server: Any) -> None:
