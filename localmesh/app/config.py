@@ -19,6 +19,7 @@ from typing import Any
 
 from localmesh.app.kinds import BOOLEAN, BYTES, CHOICES, COUNT, LABELS, LIST, PATH, SECONDS, TEXT, Kind
 
+DEFAULT_ETCD = "127.0.0.1:2379"
 DEFAULT_ROUTER = "127.0.0.1:9500"
 DEFAULT_REGISTRY = "127.0.0.1:9501"
 ENROLMENT_PORT = 9502
@@ -63,7 +64,7 @@ class EtcdSection:
     """How etcd is reached, or started."""
 
     endpoints: tuple[str, ...] = _option(
-        LIST, ("127.0.0.1:2379",), "etcd's client addresses, host:port; for `up`: use this etcd and start none"
+        LIST, (), "etcd's client addresses, host:port; empty: `up` starts an etcd, others use 127.0.0.1:2379"
     )
     ca: Path | None = _option(
         PATH, None, "CA certificates (PEM) that etcd's certificate is checked against: turns TLS on"
@@ -181,6 +182,11 @@ class Config:
     def backends_folder(self) -> Path:
         """Folder of the foreign backends."""
         return self.backends_dir or self.state_dir / "backends"
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        """Where a component finds etcd."""
+        return self.etcd.endpoints or (DEFAULT_ETCD,)
 
     @property
     def etcd_folder(self) -> Path:

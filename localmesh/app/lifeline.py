@@ -44,13 +44,11 @@ def parse_line(line: bytes) -> Status:
     Raises:
         ValueError: It is something else.
     """
-    body: Any = json.loads(line)
-    if not isinstance(body, dict):
-        raise ValueError(f"not a status line: {line!r}")
-    event = body.pop("event", "")
     try:
-        return {"ready": Ready, "failed": Failed}[event](**body)
-    except (KeyError, TypeError) as problem:
+        body: dict[str, Any] = dict(json.loads(line))
+        kind: type[Ready] | type[Failed] = {"ready": Ready, "failed": Failed}[body.pop("event")]
+        return kind(**body)
+    except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"not a status line: {line!r}") from problem
 
 

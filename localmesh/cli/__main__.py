@@ -1,0 +1,7 @@
+"""`python -m localmesh.cli` is the command `localmesh`."""
+
+import sys
+
+from localmesh.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,253 @@
+"""Commands that look at the mesh and change what it is to run."""
+
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from localmesh.cli import output, tables
+from localmesh.cli.connection import Command, Connection, connect
+from localmesh.cli.exits import Exit
+from localmesh.cli.tables import Column
+from localmesh.core.errors import InvalidRequest
+from localmesh.rpc import manifest
+from localmesh.v1 import registry_service_pb2 as registry
+from localmesh.v1 import router_service_pb2 as router
+from localmesh.v1 import types_pb2 as types
+
+_MANIFEST_SUFFIXES = (".yaml", ".yml")
+
+
+async def apply(command: Command) -> int:
+    """`apply -f FILE`: declare models."""
+    wanted = [found for source in command.arguments.file for found in _manifests(source)]
+    results = []
+    async with connect(command.config) as mesh:
+        for spec, policy in wanted:
+            request = registry.ApplyModelRequest(spec=spec, policy=policy, dry_run=command.arguments.dry_run)
+            response = await mesh.registry.ApplyModel(request, timeout=command.timeout)
+            results.append(response)
+            if not command.json:
+                outcome = _word(registry.ApplyOutcome.Name(response.outcome), "APPLY_OUTCOME_")
+                dry = " (dry run)" if command.arguments.dry_run else ""
+                output.write_line(f"model {response.model.spec.name} {outcome}{dry}")
+    if command.json:
+        output.print_document({"results": [output.as_dict(response) for response in results]})
+    return Exit.OK
+
+
+async def delete(command: Command) -> int:
+    """`delete MODEL...`: remove models."""
+    results = {}
+    async with connect(command.config) as mesh:
+        for name in command.arguments.model:
+            request = registry.DeleteModelRequest(name=name)
+            response = await mesh.registry.DeleteModel(request, timeout=command.timeout)
+            results[name] = output.as_dict(response)
+            if not command.json:
+                output.write_line(f"model {name} deleted; {tables.count(response.replicas, 'replica')} will stop")
+    if command.json:
+        output.print_document({"results": results})
+    return Exit.OK
+
+
+async def models(command: Command) -> int:
+    """`models [MODEL]`: list models, or tell all of one."""
+    if command.arguments.model:
+        return await _one_model(command, command.arguments.model)
+    async with connect(command.config) as mesh:
+        found = [m async for m in _pages(mesh.registry.ListModels, registry.ListModelsRequest, "models", command)]
+        if command.json:
+            output.print_message(registry.ListModelsResponse(models=found))
+            return Exit.OK
+        replicas = await _replicas(mesh, command)
+    columns = [
+        *(Column("MODEL"), Column("BACKEND"), Column("SOURCE"), Column("READY", right=True)),
+        *(Column("MIN", right=True), Column("MAX", right=True), Column("IN FLIGHT", right=True), Column("REVISION")),
+    ]
+    rows = []
+    for model in found:
+        own = [r for r in replicas if r.ref.model == model.spec.name]
+        ready = sum(r.state == types.REPLICA_STATE_READY for r in own)
+        rows.append(
+            [
+                *(model.spec.name, model.spec.backend, model.spec.source, f"{ready}/{len(own)}"),
+                *(str(model.policy.min_replicas), str(model.policy.max_replicas or "-")),
+                *(str(sum(r.in_flight for r in own)), model.revision),
+            ]
+        )
+    output.write_line(tables.render(columns, rows) if rows else "no models; declare one with `localmesh apply -f FILE`")
+    return Exit.OK
+
+
+async def nodes(command: Command) -> int:
+    """`nodes`: list nodes."""
+    async with connect(command.config) as mesh:
+        found = [n async for n in _pages(mesh.registry.ListNodes, registry.ListNodesRequest, "nodes", command)]
+    if command.json:
+        output.print_message(registry.ListNodesResponse(nodes=found))
+        return Exit.OK
+    columns = [
+        *(Column("NODE"), Column("STATE"), Column("ENDPOINT"), Column("DEVICE"), Column("CLAIMED", right=True)),
+        *(Column("BUDGET", right=True), Column("FREE", right=True), Column("CPU LOAD", right=True), Column("ENGINES")),
+    ]
+    rows: list[list[str]] = []
+    for node in found:
+        engines = ",".join(e.name for e in node.engines if e.available)
+        load = f"{100 * node.cpu_load:.0f} %" if node.HasField("cpu_load") else ""
+        head = [node.name, _word(types.NodeState.Name(node.state), "NODE_STATE_"), node.endpoint]
+        for number, device in enumerate(node.devices or [types.Device()]):
+            free = tables.size(device.free_bytes) if device.HasField("free_bytes") else ""
+            memory = [tables.size(device.claimed_bytes), tables.size(device.budget_bytes)] if device.id else ["", ""]
+            name = device.name if device.kind == "gpu" and device.name else device.id
+            first = number == 0
+            rows.append([*(head if first else (" ",) * 3), name, *memory, free, *((load, engines) if first else "  ")])
+    output.write_line(tables.render(columns, rows) if rows else "no nodes; start one with `localmesh worker`")
+    for note in _engine_notes(found):
+        output.write_line(note)
+    return Exit.OK
+
+
+async def replicas(command: Command) -> int:
+    """`replicas`: list replicas."""
+    async with connect(command.config) as mesh:
+        found = await _replicas(mesh, command, model=command.arguments.model or "", node=command.arguments.node or "")
+    if command.json:
+        output.print_message(registry.ListReplicasResponse(replicas=found))
+    else:
+        output.write_line(_replica_table(found) if found else "no replicas")
+    return Exit.OK
+
+
+async def status(command: Command) -> int:
+    """`status`: the mesh at a glance."""
+    async with connect(command.config) as mesh:
+        found = await mesh.router.GetStatus(router.GetStatusRequest(), timeout=command.timeout)
+    if command.json:
+        output.print_message(found)
+        return Exit.OK
+    store = "connected" if found.store_connected else "NOT connected"
+    silence = found.store_silence.ToMilliseconds() / 1000
+    rows = [
+        ("mesh", found.mesh),
+        ("version", found.version),
+        ("router", found.router),
+        ("reconciler", found.reconciler or "none"),
+        ("store", f"{store}, revision {found.store_revision}, heard {tables.seconds(silence)} ago"),
+        ("nodes", f"{found.live_nodes} live of {found.nodes}"),
+        ("models", str(found.models)),
+        ("replicas", f"{found.ready_replicas} ready of {found.replicas}"),
+        *(("warning", warning) for warning in found.warnings),
+    ]
+    for name, text in rows:
+        output.write_line(f"{name:<11} {text}")
+    return Exit.OK
+
+
+async def logs(command: Command) -> int:
+    """`logs MODEL`: the output of a model's replicas."""
+    given = command.arguments
+    request = router.StreamLogsRequest(
+        model=given.model, index=given.index, node=given.node or "", follow=given.follow, tail_lines=given.tail
+    )
+    async with connect(command.config) as mesh:
+        stream = mesh.router.StreamLogs(request, timeout=None if given.follow else command.timeout)
+        async for found in stream:
+            if command.json:
+                output.print_document(output.as_dict(found), one_line=True)
+            else:
+                output.write_line(f"{found.ref.node}/{found.ref.index} | {found.line}", flush=given.follow)
+    return Exit.OK
+
+
+async def _one_model(command: Command, name: str) -> int:
+    async with connect(command.config) as mesh:
+        found = await mesh.registry.GetModel(registry.GetModelRequest(name=name), timeout=command.timeout)
+    if command.json:
+        output.print_message(found)
+        return Exit.OK
+    spec, policy = found.model.spec, found.model.policy
+    rollout = _word(types.Rollout.Name(policy.rollout), "ROLLOUT_")
+    selector = ",".join(f"{k}={v}" for k, v in sorted(policy.node_selector.items()))
+    for title, text in (
+        ("model", spec.name),
+        ("backend", spec.backend),
+        ("source", spec.source),
+        ("revision", found.model.revision),
+        ("replicas", f"at least {policy.min_replicas}, at most {policy.max_replicas or 'as many as the nodes take'}"),
+        ("rollout", "overlap" if rollout == "unspecified" else rollout),
+        *((("selector", selector),) if selector else ()),
+        *(("failure", f"on {failure.node}: {failure.reason}: {failure.message}") for failure in found.failures),
+    ):
+        output.write_line(f"{title:<11} {text}")
+    if found.replicas:
+        output.write_line("\n" + _replica_table(found.replicas))
+    return Exit.OK
+
+
+def _replica_table(found: Iterable[types.Replica]) -> str:
+    columns = [
+        *(Column("MODEL"), Column("NODE"), Column("INDEX", right=True), Column("STATE"), Column("IN FLIGHT", True)),
+        *(Column("LIMIT", right=True), Column("MEMORY", right=True), Column("ENDPOINT"), Column("REVISION")),
+    ]
+    rows = []
+    for replica in found:
+        state = _word(types.ReplicaState.Name(replica.state), "REPLICA_STATE_")
+        if replica.state == types.REPLICA_STATE_READY and not replica.routable:
+            state += " (not routable)"
+        elif replica.progress.total_bytes:
+            state += f" {100 * replica.progress.done_bytes // replica.progress.total_bytes} %"
+        rows.append(
+            [
+                *(replica.ref.model, replica.ref.node, str(replica.ref.index), state, str(replica.in_flight)),
+                *(str(replica.limit or "-"), tables.size(sum(replica.devices.values())), replica.endpoint),
+                replica.revision,
+            ]
+        )
+    return tables.render(columns, rows)
+
+
+def _engine_notes(found: Iterable[types.Node]) -> list[str]:
+    notes: dict[str, list[str]] = {}
+    for node in found:
+        for engine in node.engines:
+            if not engine.available and engine.detail:
+                notes.setdefault(f"{engine.name}: {engine.detail}", []).append(node.name)
+    return [f"{note} ({', '.join(names)})" for note, names in notes.items()]
+
+
+async def _replicas(mesh: Connection, command: Command, *, model: str = "", node: str = "") -> list[types.Replica]:
+    def request(**page: Any) -> registry.ListReplicasRequest:
+        return registry.ListReplicasRequest(model=model, node=node, **page)
+
+    return [r async for r in _pages(mesh.registry.ListReplicas, request, "replicas", command)]
+
+
+async def _pages(call: Any, request: Callable[..., Any], field: str, command: Command) -> AsyncIterator[Any]:
+    token = ""
+    while True:
+        page = await call(request(page_token=token, page_size=1000), timeout=command.timeout)
+        for item in getattr(page, field):
+            yield item
+        token = page.next_page_token
+        if not token:
+            return
+
+
+def _manifests(source: str) -> Iterable[manifest.Declared]:
+    """Read the models of a file, of all YAML files of a folder, or of stdin ("-")."""
+    if source == "-":
+        return manifest.parse_models(sys.stdin.buffer.read(), origin="stdin")
+    path = Path(source)
+    try:
+        paths = sorted(p for p in path.iterdir() if p.suffix in _MANIFEST_SUFFIXES) if path.is_dir() else [path]
+        texts = [(str(each), each.read_bytes()) for each in paths]
+    except OSError as problem:
+        raise InvalidRequest(f"cannot read {problem.filename}: {problem.strerror}", field="file") from None
+    if not texts:
+        raise InvalidRequest(f"there is no .yaml file in the folder {source}", field="file")
+    return [found for origin, text in texts for found in manifest.parse_models(text, origin=origin)]
+
+
+def _word(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()

@@ -1,0 +1,36 @@
+"""Commands that run components. What they need is imported when they run: the other commands must start quickly."""
+
+from localmesh import __version__
+from localmesh.cli import output
+from localmesh.cli.connection import Command
+from localmesh.cli.exits import Exit
+
+
+def run_component(command: Command) -> int:
+    """`registry`, `router`, `worker`: one component in the foreground."""
+    from localmesh.app import component
+
+    return component.run(command.arguments.command, command.config, say=output.write_line)
+
+
+def run_up(command: Command) -> int:
+    """`up`: the whole mesh in the foreground."""
+    from localmesh.app import up
+
+    return up.run(command.config, say=output.write_line)
+
+
+def run_demo(command: Command) -> int:
+    """`demo`: an ephemeral mesh that shows itself."""
+    from localmesh.app import demo
+
+    return demo.run(command.config, say=output.write_line)
+
+
+def version(command: Command) -> int:
+    """`version`: which one this is."""
+    if command.json:
+        output.print_document({"version": __version__})
+    else:
+        output.write_line(f"localmesh {__version__}")
+    return Exit.OK
