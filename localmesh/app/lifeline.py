@@ -46,7 +46,7 @@ def parse_line(line: bytes) -> Status:
     """
     try:
         body: dict[str, Any] = dict(json.loads(line))
-        kind: type[Ready] | type[Failed] = {"ready": Ready, "failed": Failed}[body.pop("event")]
+        kind: type[Ready | Failed] = {"ready": Ready, "failed": Failed}[body.pop("event")]
         return kind(**body)
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"not a status line: {line!r}") from problem

@@ -22,7 +22,7 @@ def run_up(command: Command) -> int:
 
 def run_demo(command: Command) -> int:
     """`demo`: an ephemeral mesh that shows itself."""
-    from localmesh.app import demo
+    from localmesh.cli import demo
 
     return demo.run(command.config, say=output.write_line)
 
