@@ -26,8 +26,6 @@ class Question:
     policy: Policy
     excluded: frozenset[NodeName] = frozenset()
     """Nodes that the caller does not want."""
-    dead: frozenset[ReplicaId] = frozenset()
-    """Replicas that do not count any more: their node has been away for too long."""
 
     def node(self, name: NodeName) -> NodeRecord:
         """Return a node that is known to be present."""
@@ -153,7 +151,7 @@ def _source_known(question: Question, node: NodeName) -> str | None:
 
 def _maximum(question: Question, node: NodeName) -> str | None:  # noqa: ARG001 - the same for every node
     limit = question.policy.max_replicas
-    present = sum(1 for r in question.snapshot.replicas_of(question.model.spec.name) if r.id not in question.dead)
+    present = sum(1 for _ in question.snapshot.replicas_of(question.model.spec.name))
     if limit and present >= limit:
         return f"is not asked: the model has {present} of at most {limit} replicas"
     return None

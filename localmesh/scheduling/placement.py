@@ -29,11 +29,7 @@ class PlacementPlan:
 
 
 def plan_placement(
-    snapshot: Snapshot,
-    model: ModelName,
-    *,
-    exclude_nodes: frozenset[NodeName] = frozenset(),
-    dead: frozenset[ReplicaId] = frozenset(),
+    snapshot: Snapshot, model: ModelName, *, exclude_nodes: frozenset[NodeName] = frozenset()
 ) -> PlacementPlan:
     """Return where the next replica of a model goes. The same snapshot always gives the same plan.
 
@@ -41,7 +37,6 @@ def plan_placement(
         snapshot: The mesh.
         model: Which model.
         exclude_nodes: Nodes not to consider, because they have just been tried.
-        dead: Replicas that do not count towards the model's maximum any more, because their node is away for good.
 
     Raises:
         ModelNotFound: It is not declared.
@@ -54,9 +49,7 @@ def plan_placement(
     record = snapshot.models.get(model)
     if record is None:
         raise ModelNotFound(f"there is no model {model!r}", model=model)
-    question = Question(
-        snapshot=snapshot, model=record, policy=snapshot.policy(model), excluded=exclude_nodes, dead=dead
-    )
+    question = Question(snapshot=snapshot, model=record, policy=snapshot.policy(model), excluded=exclude_nodes)
     verdicts = judge(question)
     options = [_option(question, v.node) for v in verdicts if v.failed is None]
     if not options:

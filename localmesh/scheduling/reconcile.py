@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from localmesh.core.errors import NoCapacity, PlacementFailed
-from localmesh.core.ids import ModelName, NodeName
+from localmesh.core.ids import ModelName, NodeName, ReplicaId
 from localmesh.core.records import ModelRecord, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import with_placement, without_replica
@@ -63,9 +63,10 @@ class Unload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forget:
-    """Remove the record and claims of a replica that its node's next life does not know."""
+    """Remove the record and claims of a replica whose node has been away for too long in that life."""
 
     replica: ReplicaRecord
+    why: str
 
 
 Action = Place | Drain | Unload | Forget
@@ -132,7 +133,8 @@ class _Planner:
     def run(self) -> None:
         for name in sorted({*self._actual.models, *self._actual.replicas}):
             replicas = sorted(self._actual.replicas_of(name), key=lambda r: r.id)
-            self._forget(replicas)
+            unknown = [r for r in replicas if r.id in self._dead and r.id.node in self._actual.nodes]
+            self._forget(unknown, why="its node has registered again without it")
             self._finish_draining(replicas)
             model = self._actual.models.get(name)
             if model is None:
@@ -146,10 +148,16 @@ class _Planner:
         old = [r for r in live if r.revision != model.revision]
         self._stop(list(self._superseded(model, old, new)), why=f"revision {model.revision} replaces it")
         self._stop(self._surplus(model, old, new), why="the model has more replicas than its maximum")
-        lost = 1 if not live and any(r.id in self._dead for r in replicas) else 0
-        wanted = max(self._actual.policy(model.spec.name).min_replicas, len(old), lost)
+        dead = [r for r in replicas if r.id in self._dead]
+        policy = self._actual.policy(model.spec.name)
+        wanted = max(policy.min_replicas, len(old), 1 if dead and not live else 0)
         coming = sum(1 for r in new if r.state.coming)
-        if len(new) < wanted and coming < self._config.max_coming_per_model:
+        if len(new) >= wanted or coming >= self._config.max_coming_per_model:
+            return
+        if dead and policy.max_replicas and len(replicas) >= policy.max_replicas:
+            # Never more records than the maximum: the dead one's place is taken from it before it is given away.
+            self._forget(dead[-1:], why="it is replaced")
+        else:
             self._place(model, replicas, old=old, new=new)
 
     def _place(
@@ -162,7 +170,7 @@ class _Planner:
     ) -> None:
         name = model.spec.name
         try:
-            plan = plan_placement(self._assumed, name, dead=self._dead)
+            plan = plan_placement(self._assumed, name)
         except PlacementFailed as error:
             self.unplaced[name] = error
             if isinstance(error, NoCapacity) and not new:
@@ -176,11 +184,12 @@ class _Planner:
 
     def _make_room(self, model: ModelRecord, replicas: Sequence[ReplicaRecord], old: Sequence[ReplicaRecord]) -> None:
         """Replace a replica of the old revision in place, where the two do not fit side by side."""
-        if any(r.state.leaving and r.id not in self._dead for r in replicas):
+        stopped = self._stopped()
+        if any((r.state.leaving and r.id not in self._dead) or r.id in stopped for r in replicas):
             return  # room is on its way
         for replica in sorted((r for r in old if self._stoppable(r)), key=lambda r: (-r.id.index, r.id)):
             try:
-                plan_placement(without_replica(self._assumed, replica), model.spec.name, dead=self._dead)
+                plan_placement(without_replica(self._assumed, replica), model.spec.name)
             except PlacementFailed:
                 continue
             self._stop([replica], why=f"revision {model.revision} does not fit beside it")
@@ -200,17 +209,16 @@ class _Planner:
         self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]
     ) -> list[ReplicaRecord]:
         limit = self._actual.policy(model.spec.name).max_replicas
-        stopped = {a.replica.id for a in self.actions if isinstance(a, Drain | Unload)}
+        stopped = self._stopped()
         live = [r for r in (*old, *new) if r.id not in stopped]
         if not limit or len(live) <= limit:
             return []
         order = sorted((r for r in live if self._stoppable(r)), key=lambda r: (not r.state.coming, -r.id.index, r.id))
         return order[: len(live) - limit]
 
-    def _forget(self, replicas: Sequence[ReplicaRecord]) -> None:
-        for replica in replicas:
-            if replica.id in self._dead and replica.id.node in self._actual.nodes:
-                self.actions.append(Forget(replica=replica))
+    def _forget(self, replicas: Sequence[ReplicaRecord], *, why: str) -> None:
+        forgotten = {a.replica.id for a in self.actions if isinstance(a, Forget)}
+        self.actions.extend(Forget(replica=r, why=why) for r in replicas if r.id not in forgotten)
 
     def _finish_draining(self, replicas: Sequence[ReplicaRecord]) -> None:
         for replica in replicas:
@@ -223,6 +231,9 @@ class _Planner:
                 self.actions.append(Drain(replica=replica, why=why))
             else:
                 self.actions.append(Unload(replica=replica, why=why))
+
+    def _stopped(self) -> set[ReplicaId]:
+        return {a.replica.id for a in self.actions if isinstance(a, Drain | Unload)}
 
     def _counts(self, replica: ReplicaRecord) -> bool:
         """Whether a replica serves or will: not leaving, and on a node that is not lost or out of use."""

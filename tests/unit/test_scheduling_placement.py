@@ -286,14 +286,12 @@ def test_a_full_slot_is_not_taken_twice() -> None:
     assert caught.value.retry_after_seconds is None
 
 
-def test_the_models_maximum_holds_over_all_nodes_but_not_for_the_dead() -> None:
+def test_the_models_maximum_holds_over_all_nodes() -> None:
     """F33."""
     state = mesh("a", "b", policy=Policy(max_replicas=1))
-    plan = plan_placement(state, M)
-    state = with_placement(state, plan)
+    state = with_placement(state, plan_placement(state, M))
     with pytest.raises(NoCapacity, match="1 of at most 1 replicas"):
         plan_placement(state, M)
-    assert plan_placement(state, M, dead=frozenset({plan.replica})).replica.node == "b"
 
 
 def test_a_node_that_failed_is_left_alone_until_the_model_changes() -> None:

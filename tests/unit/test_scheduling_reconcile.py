@@ -214,8 +214,19 @@ def test_a_node_that_comes_back_in_time_changes_nothing() -> None:
     assert plan(drop_node(state, "n0"), now=40.0, state=back.state).actions == ()
 
 
-def test_a_dead_replica_does_not_hold_the_maximum() -> None:
-    state = drop_node(serve(mesh(max_replicas=1), 1), "n0")
+def test_a_dead_replica_gives_its_place_in_the_maximum_back_first() -> None:
+    state = drop_node(serve(mesh(min_replicas=1, max_replicas=1), 1), "n0")
+    first = plan(state, now=0.0)
+    second = plan(state, now=30.0, state=first.state)
+    assert kinds(second) == [("Forget", "m/n0/0")]
+    state = apply(state, second.actions)
+    third = plan(state, now=30.0, state=second.state)
+    assert kinds(third) == [("Place", "m/n1/0")]
+    assert plan(apply(state, third.actions), now=60.0, state=third.state).actions == ()
+
+
+def test_a_model_that_lost_its_last_replica_gets_one_again() -> None:
+    state = drop_node(serve(mesh(), 1), "n0")
     first = plan(state, now=0.0)
     second = plan(state, now=30.0, state=first.state)
     assert kinds(second) == [("Place", "m/n1/0")]
@@ -445,8 +456,7 @@ class Fleet(RuleBasedStateMachine):
                         record = after.devices[node.name][device]
                         assert size == 0 or record.claimed_bytes <= record.budget_bytes
                     limit = before.policy(placed.replica.model).max_replicas
-                    counted = [r for r in after.replicas_of(placed.replica.model) if r.id not in dead]
-                    assert not limit or len(counted) <= limit
+                    assert not limit or len([*after.replicas_of(placed.replica.model)]) <= limit
                 case Unload(replica=replica):
                     assert not before.inflight.get(replica.id) or replica.state.coming
                     assert before.present(replica)
