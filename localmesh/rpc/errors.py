@@ -123,13 +123,16 @@ def from_rpc_error(error: Any, *, endpoint: str = "") -> MeshError:
         error: What the call raised: a grpc.RpcError with code(), details() and trailing_metadata().
         endpoint: Who was called, for messages about a peer that cannot be reached.
     """
-    code, text = error.code(), error.details() or ""
-    status = _status_of(error.trailing_metadata())
-    if status is not None:
-        found = from_status(status)
-        if found is not None:
-            return found
-    return _from_grpc(code, text, endpoint)
+    return from_parts(error.code(), error.details() or "", error.trailing_metadata(), endpoint=endpoint)
+
+
+def from_parts(
+    code: Any, details: str, trailers: Iterable[tuple[str, str | bytes]] | None, *, endpoint: str = ""
+) -> MeshError:
+    """Return the MeshError that a status stands for; see from_rpc_error."""
+    status = _status_of(trailers)
+    restored = from_status(status) if status is not None else None
+    return restored or _from_grpc(code, details, endpoint)
 
 
 def from_status(status: status_pb2.Status) -> MeshError | None:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -99,15 +99,19 @@ class ErrorInterceptor(CallInterceptor):
         """See CallInterceptor."""
         try:
             yield
-        except grpc.aio.AbortError:
+        except grpc.aio.UsageError as error:
+            await self._bug(method, context, error)
+        except grpc.aio.BaseError:  # a servicer's own abort; or the caller has left, and grpc cancels this call
             raise
         except MeshError as error:
             await abort_with(context, error)
         except Exception as error:  # noqa: BLE001 - the edge: a bug in a servicer must not end the server
-            if context.done() or context.cancelled():
-                return  # the caller left; what grpc raised because of it is no bug
-            _log.error("a call of %s failed unexpectedly", method, exc_info=error)
-            await abort_with(context, InternalError("internal error; the server's log has the details"))
+            await self._bug(method, context, error)
+
+    @staticmethod
+    async def _bug(method: str, context: Any, error: Exception) -> NoReturn:
+        _log.error("a call of %s failed unexpectedly", method, exc_info=error)
+        await abort_with(context, InternalError("internal error; the server's log has the details"))
 
     def _wrap(self, handler: Any, method: str) -> Any:
         if handler is _NOBODY:
