@@ -1,0 +1,1 @@
+"""Integration tests take their etcd from ../conftest.py, as those of tests/faults do."""
