@@ -80,7 +80,7 @@ class Household:
 
     @property
     def _run_dir(self) -> Path:
-        return self.config.state_dir / "run"
+        return self.config.state_dir / "up"
 
     @property
     def etcd_endpoints(self) -> tuple[str, ...]:
@@ -250,9 +250,7 @@ class Household:
         worker = replace(base.worker, name=name, registries=(self.registry.address.endpoint,), join="")
         if self.config.up.listen:
             worker = replace(worker, listen=_on(self.config.up.listen, worker.listen))
-        return replace(
-            base, state_dir=self.config.state_dir / "workers" / name, tls=self._tls("node", name), worker=worker
-        )
+        return replace(base, tls=self._tls("node", name), worker=worker)
 
     def _node_name(self, number: int) -> str:
         if number < len(self._node_names):

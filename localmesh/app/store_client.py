@@ -1,0 +1,65 @@
+"""Opens the store that a configuration names."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from localmesh.app.config import Config
+from localmesh.core.clock import Clock
+from localmesh.core.errors import InvalidRequest, StoreUnavailable
+from localmesh.etcd import EtcdClient, EtcdConfig
+from localmesh.store.mesh import MeshStore
+
+
+@asynccontextmanager
+async def open_store(config: Config, clock: Clock) -> AsyncIterator[MeshStore]:
+    """Yield the mesh's store, its schema checked.
+
+    Raises:
+        StoreUnavailable: etcd does not answer.
+        SchemaUnsupported: Another version wrote what is there.
+        InvalidRequest: The settings of etcd cannot be used.
+    """
+    async with EtcdClient(etcd_config(config), clock) as client:
+        try:
+            store = MeshStore(client, config.mesh, clock)
+        except ValueError as problem:
+            raise InvalidRequest(f"mesh = {config.mesh!r} cannot be used: {problem}", field="mesh") from None
+        try:
+            await store.check_schema()
+        except StoreUnavailable as error:
+            where = ", ".join(config.etcd_endpoints)
+            raise StoreUnavailable(
+                f"etcd at {where} cannot be used: {error.message} Start it, or name another with --etcd-endpoints."
+            ) from error
+        yield store
+
+
+def etcd_config(config: Config) -> EtcdConfig:
+    """Return how etcd is reached.
+
+    Raises:
+        InvalidRequest: The settings contradict each other, or a file cannot be read.
+    """
+    given = config.etcd
+    try:
+        return EtcdConfig(
+            endpoints=config.etcd_endpoints,
+            user=given.user,
+            password=(_read(given.password_file) or b"").decode().strip(),
+            ca_pem=_read(given.ca),
+            cert_pem=_read(given.cert),
+            key_pem=_read(given.key),
+            max_message_bytes=config.max_message_bytes,
+        )
+    except ValueError as problem:
+        raise InvalidRequest(f"the settings of etcd cannot be used: {problem}.", field="etcd") from None
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise InvalidRequest(f"cannot read {path}, which is set for etcd: {problem.strerror}.", field="etcd") from None
