@@ -1,0 +1,139 @@
+"""The elected reconciler: while this router leads, it brings the mesh nearer to what is wanted.
+
+What to do is decided by localmesh.scheduling.reconcile. Here it is carried out: each action is a transaction that also
+compares the leader's key, an action that fails is left to the next plan, and one that hangs holds up no other.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from localmesh.core.clock import Clock
+from localmesh.core.errors import Conflict, MeshError, PlacementFailed
+from localmesh.core.ids import ModelName
+from localmesh.core.snapshot import Snapshot
+from localmesh.etcd import Leadership
+from localmesh.router.placer import Placer
+from localmesh.scheduling.reconcile import (
+    Action,
+    Drain,
+    Forget,
+    Place,
+    ReconcileConfig,
+    ReconcileState,
+    Unload,
+    reconcile,
+)
+from localmesh.store.leader import LeaderElection
+from localmesh.store.mesh import MeshStore
+from localmesh.store.mirror import Mirror
+
+logger = logging.getLogger(__name__)
+
+_BREATH_SECONDS = 0.1
+"""Between two plans at least: counts of requests change much more often than there is something to do."""
+
+
+class Reconciler:
+    """Campaigns, and reconciles while it leads."""
+
+    def __init__(
+        self,
+        *,
+        store: MeshStore,
+        mirror: Mirror,
+        placer: Placer,
+        election: LeaderElection,
+        clock: Clock,
+        config: ReconcileConfig,
+        interval_seconds: float,
+    ) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._placer = placer
+        self._election = election
+        self._clock = clock
+        self._config = config
+        self._interval_seconds = interval_seconds
+        self._busy: set[str] = set()
+        self._unplaced: Mapping[ModelName, PlacementFailed] = MappingProxyType({})
+
+    def worries(self) -> list[str]:
+        """Return what the last plan could not do, a sentence each. Only the leader knows any."""
+        return [f"A replica is wanted, but {error.message}" for _, error in sorted(self._unplaced.items())]
+
+    async def run(self) -> None:
+        """Campaign and lead, for ever."""
+        await self._election.run(self._lead)
+
+    async def _lead(self, leadership: Leadership) -> None:
+        """Reconcile until cancelled, which is how leadership ends."""
+        logger.info("this router is the reconciler now")
+        state = ReconcileState()
+        try:
+            async with asyncio.TaskGroup() as actions:
+                while True:
+                    snapshot = self._mirror.snapshot
+                    wake_after: float | None = None
+                    if self._mirror.connected:
+                        plan = reconcile(snapshot, now=self._clock.monotonic(), state=state, config=self._config)
+                        state, wake_after, self._unplaced = plan.state, plan.wake_after_seconds, plan.unplaced
+                        for action in plan.actions:
+                            self._begin(action, snapshot, leadership, actions)
+                    await self._next(snapshot.revision, wake_after)
+        finally:
+            self._unplaced = MappingProxyType({})
+            logger.info("this router is the reconciler no more")
+
+    def _begin(self, action: Action, snapshot: Snapshot, leadership: Leadership, actions: asyncio.TaskGroup) -> None:
+        key = _key(action)
+        if key not in self._busy:
+            self._busy.add(key)
+            actions.create_task(self._carry_out(action, snapshot, leadership, key))
+
+    async def _carry_out(self, action: Action, snapshot: Snapshot, leadership: Leadership, key: str) -> None:
+        try:
+            await self._act(action, snapshot, leadership)
+        except Conflict as conflict:
+            logger.info("%s was overtaken: %s", key, conflict)
+        except MeshError as error:
+            logger.warning("%s failed: %s", key, error)
+        except Exception:  # one action is an edge: what is wrong with it must not end the others
+            logger.exception("%s failed unexpectedly", key)
+        finally:
+            self._busy.discard(key)
+
+    async def _act(self, action: Action, snapshot: Snapshot, leadership: Leadership) -> None:
+        match action:
+            case Place(plan=plan):
+                await self._placer.carry_out(plan, snapshot, leader=leadership)
+            case Drain(replica=replica, why=why):
+                logger.info("draining %s: %s", replica.id, why)
+                await self._store.drain_replica(replica, leader=leadership)
+            case Unload(replica=replica, why=why):
+                if await self._store.unload_replica(replica, leader=leadership):
+                    logger.info("unloading %s: %s", replica.id, why)
+            case Forget(replica=replica):
+                logger.info("forgetting %s: its node came back without it", replica.id)
+                await self._store.forget_replica(replica, leader=leadership)
+
+    async def _next(self, revision: int, wake_after: float | None) -> None:
+        """Return when the mesh has changed, but not at once, and when it is time anyway."""
+        now = self._clock.monotonic()
+        wait = self._interval_seconds if wake_after is None else min(self._interval_seconds, wake_after)
+        await asyncio.sleep(min(_BREATH_SECONDS, self._interval_seconds))
+        try:
+            await self._mirror.wait_for(_newer_than(revision), now + max(wait, _BREATH_SECONDS))
+        except TimeoutError:
+            return
+
+
+def _newer_than(revision: int) -> Callable[[Snapshot], Snapshot | None]:
+    return lambda snapshot: snapshot if snapshot.revision > revision else None
+
+
+def _key(action: Action) -> str:
+    if isinstance(action, Place):
+        return f"placing {action.plan.replica.model}"
+    return f"{type(action).__name__.lower()}ing {action.replica.id}"
