@@ -9,15 +9,14 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from localmesh.app.config import Config
+from localmesh.app.exits import exit_for
 from localmesh.app.lifeline import Failed, Ready, StatusPipe
-from localmesh.core.errors import MeshError, StoreUnavailable
+from localmesh.core.errors import MeshError
 
 Served = Callable[[Config], AbstractAsyncContextManager[Ready]]
 """What a component does: entered, it serves at the yielded address; left, it has stopped gracefully."""
 
 ROLES = ("registry", "router", "worker")
-
-UNREACHABLE = 3
 
 
 def run(role: str, config: Config, *, say: Callable[[str], None], status: StatusPipe | None = None) -> int:
@@ -53,8 +52,7 @@ def run(role: str, config: Config, *, say: Callable[[str], None], status: Status
 
 
 def _report(pipe: StatusPipe, error: MeshError) -> None:
-    code = UNREACHABLE if isinstance(error, StoreUnavailable) else 1
-    pipe.send(Failed(message=error.message, exit_code=code))
+    pipe.send(Failed(message=error.message, exit_code=exit_for(error)))
 
 
 def refuse_other_systems() -> None:

@@ -129,6 +129,9 @@ class WorkerSection:
         TEXT, "90%", "memory that replicas may claim, of RAM and of each GPU: a size or a percentage"
     )
     max_replicas_per_model: int = _option(COUNT, 1, "replicas of one model that this node may run")
+    served_by: str = _option(
+        CHOICES("auto", "on", "off"), "auto", "trailers that name the replica that served; auto: on loopback only"
+    )
     join: str = _option(TEXT, "", "enrol with this join token (HOST:PORT/SECRET.PIN) before the first start")
 
 
@@ -162,9 +165,6 @@ class Config:
     max_message_bytes: int = _option(BYTES, 64 << 20, "size of a gRPC message at most, everywhere")
     drain_seconds: float = _option(SECONDS, 10.0, "time that running calls get when something stops")
     insecure: bool = _option(BOOLEAN, False, "serve and call without TLS on addresses other than loopback")
-    served_by: str = _option(
-        CHOICES("auto", "on", "off"), "auto", "trailers that name the replica that served; auto: on loopback only"
-    )
     etcd: EtcdSection = EtcdSection()
     tls: TlsSection = TlsSection()
     registry: RegistrySection = RegistrySection()

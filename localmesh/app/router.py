@@ -8,7 +8,7 @@ from localmesh import __version__
 from localmesh.app.config import Config
 from localmesh.app.lifeline import Ready
 from localmesh.app.names import node_name_of_host
-from localmesh.app.serving import beside, server_config, tells_who_served, tls_files
+from localmesh.app.serving import beside, server_config, tls_files
 from localmesh.app.store_client import open_store
 from localmesh.core.clock import SystemClock
 from localmesh.core.errors import InvalidRequest
@@ -72,5 +72,4 @@ def router_config(config: Config) -> RouterConfig:
         server=server_config(config, listen=own.listen, advertise=own.advertise),
         version=__version__,
         hold_seconds=own.hold_seconds,
-        served_by=tells_who_served(config, own.listen),
     )

@@ -44,9 +44,9 @@ def server_config(config: Config, *, listen: str, advertise: str) -> ServerConfi
 
 def tells_who_served(config: Config, listen: str) -> bool:
     """Whether callers are told by trailers which node and replica served them."""
-    if config.served_by == "auto":
+    if config.worker.served_by == "auto":
         return parse_listen(listen).loopback
-    return config.served_by == "on"
+    return config.worker.served_by == "on"
 
 
 @asynccontextmanager

@@ -30,7 +30,8 @@ async def open_store(config: Config, clock: Clock) -> AsyncIterator[MeshStore]:
         except StoreUnavailable as error:
             where = ", ".join(config.etcd_endpoints)
             raise StoreUnavailable(
-                f"etcd at {where} cannot be used: {error.message} Start it, or name another with --etcd-endpoints."
+                f"etcd at {where} cannot be used ({error.__cause__ or error.message}). Start it, or name another with"
+                " --etcd-endpoints."
             ) from error
         yield store
 

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from localmesh.app.exits import Exit
 from localmesh.cli import output, tables
 from localmesh.cli.connection import Command, Connection, connect
-from localmesh.cli.exits import Exit
 from localmesh.cli.tables import Column
 from localmesh.core.errors import InvalidRequest
 from localmesh.rpc import manifest

@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
+from localmesh.app.exits import Exit
 from localmesh.cli import output, tables
 from localmesh.cli.connection import Command, Connection, connect, for_model, translate
-from localmesh.cli.exits import Exit
 from localmesh.cli.progress import ProgressLine, describe
 from localmesh.core.errors import InvalidRequest
 from localmesh.v1 import inference_service_pb2 as inference

@@ -1,9 +1,9 @@
 """Commands that run components. What they need is imported when they run: the other commands must start quickly."""
 
 from localmesh import __version__
+from localmesh.app.exits import Exit
 from localmesh.cli import output
 from localmesh.cli.connection import Command
-from localmesh.cli.exits import Exit
 
 
 def run_component(command: Command) -> int:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localmesh.app.config import Config
+from localmesh.app.exits import Exit
 from localmesh.cli import tables
-from localmesh.cli.exits import Exit
 from localmesh.cli.tables import Column
 from localmesh.core.clock import SystemClock
 from localmesh.core.errors import EngineUnavailable

@@ -10,10 +10,11 @@ from typing import Any
 
 from localmesh.app.children import StartFailed
 from localmesh.app.config_reader import ConfigError, read
+from localmesh.app.exits import Exit, exit_for
 from localmesh.cli import output
 from localmesh.cli.arguments import given_settings
 from localmesh.cli.connection import Command
-from localmesh.cli.exits import Exit, exit_for, hint_for
+from localmesh.cli.hints import hint_for
 from localmesh.cli.parser import build_parser
 from localmesh.core.errors import MeshError
 

@@ -4,20 +4,20 @@ import argparse
 from collections.abc import Awaitable, Callable
 
 from localmesh import __version__
+from localmesh.app.exits import MEANING
 from localmesh.cli import commands_admin, commands_inference, commands_run
 from localmesh.cli.arguments import add_settings, keys_of
 from localmesh.cli.connection import Command
-from localmesh.cli.exits import MEANING
 
 Handler = Callable[[Command], int | Awaitable[int]]
 
 _CLIENT = ["state_dir", "max_message_bytes", "insecure", *keys_of("tls", "client")]
-_COMPONENT = [k for k in keys_of("") if k not in ("models_dir", "backends_dir", "served_by")]
+_COMPONENT = [k for k in keys_of("") if k not in ("models_dir", "backends_dir")]
 _ROLES = {
     "registry": (keys_of("etcd", "tls", "registry"), "the registry: nodes, models, policies"),
-    "router": (["served_by", *keys_of("etcd", "tls", "router")], "a router: requests to replicas"),
+    "router": (keys_of("etcd", "tls", "router"), "a router: requests to replicas"),
     "worker": (
-        ["models_dir", "backends_dir", "served_by", *keys_of("tls", "worker")],
+        ["models_dir", "backends_dir", *keys_of("tls", "worker")],
         "a worker: this machine as a node",
     ),
 }

@@ -175,7 +175,7 @@ class LocalMesh:
             "router.listen": "127.0.0.1:0",
             "up.workers": len(self._nodes),
             "drain_seconds": 5,
-            "served_by": "on",
+            "worker.served_by": "on",
         }
         flags = {key: str(value) for key, value in (settings | dict(self._settings)).items()}
         return read(flags, environment=self._environment).config

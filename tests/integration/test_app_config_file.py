@@ -56,7 +56,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_written_tree_reads_back_and_is_for_its_owner_only(tmp_path: Path) -> None:
-    settings = {"worker.labels": "zone=a", "etcd.endpoints": "h:1", "state_dir": str(tmp_path), "served_by": "off"}
+    settings = {
+        "worker.labels": "zone=a",
+        "etcd.endpoints": "h:1",
+        "state_dir": str(tmp_path),
+        "worker.served_by": "off",
+    }
     tree = read(settings, environment=HOME).config
     config_reader.write_file(tmp_path / "c.yaml", tree)
     assert stat.S_IMODE((tmp_path / "c.yaml").stat().st_mode) == 0o600

@@ -2,7 +2,8 @@
 
 import pytest
 
-from localmesh.cli.exits import MEANING, Exit, exit_for, hint_for
+from localmesh.app.exits import MEANING, Exit, exit_for
+from localmesh.cli.hints import hint_for
 from localmesh.core import errors as e
 from localmesh.core.errors import MeshError
 from localmesh.rpc.errors import WIRE

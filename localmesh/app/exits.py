@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from localmesh.core import errors as e
 from localmesh.core.errors import MeshError
+from localmesh.rpc.errors import ConfigError, ListenFailed
 
 
 @unique
@@ -34,7 +35,7 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
         Exit.NOT_FOUND: "no such model, node or replica",
         Exit.INVALID: "the input is not acceptable: a manifest, a prompt",
         Exit.NOT_NOW: "not now: no capacity, overloaded, still loading; worth another try later",
-        Exit.CANNOT: "not as things are: file or engine missing, load failed, not what the model can do",
+        Exit.CANNOT: "not as things are: file or engine missing, port taken, load failed, not what the model can do",
         Exit.NOT_ALLOWED: "not allowed: certificate, approval or join token",
         Exit.INTERRUPTED: "interrupted by Ctrl-C",
         Exit.BROKEN_PIPE: "the reader of the output went away",
@@ -43,6 +44,8 @@ MEANING: Mapping[Exit, str] = MappingProxyType(
 
 # The first row whose class the error is an instance of counts.
 _ROWS: tuple[tuple[tuple[type[MeshError], ...], Exit], ...] = (
+    ((ListenFailed,), Exit.CANNOT),
+    ((ConfigError,), Exit.USAGE),
     ((e.ComponentUnreachable, e.StoreUnavailable), Exit.UNREACHABLE),
     ((e.ModelNotFound, e.NodeNotFound, e.ReplicaNotFound), Exit.NOT_FOUND),
     ((e.InvalidRequest, e.InvalidSpec, e.ModelNotNamed, e.PromptTooLong), Exit.INVALID),
@@ -60,31 +63,3 @@ def exit_for(error: MeshError) -> Exit:
         if isinstance(error, kinds):
             return code
     return Exit.FAILURE
-
-
-# What a person can do next; the error's own message says what happened.
-_HINTS: Mapping[type[MeshError], str] = MappingProxyType(
-    {
-        e.ComponentUnreachable: "Start a mesh here with `localmesh up`, or name another with --router and --registry.",
-        e.StoreUnavailable: "What is loaded goes on serving; changes must wait until etcd is back.",
-        e.ModelNotFound: "`localmesh models` lists those that there are; `localmesh apply -f FILE` declares one.",
-        e.NodeNotFound: "`localmesh nodes` lists those that there are.",
-        e.ReplicaNotFound: "`localmesh replicas` lists those that there are.",
-        e.NoCapacity: "`localmesh nodes` shows what is free.",
-        e.NoNodes: "Start a worker: `localmesh worker`.",
-        e.ModelLoading: "The load goes on: try again, or watch it with `localmesh replicas`.",
-        e.LoadFailed: "`localmesh logs MODEL` shows the engine's output.",
-        e.SourceMissing: "Put the file there, or change `source` and apply the model again.",
-        e.EngineUnavailable: "`localmesh nodes` says for each node what to install.",
-        e.Overloaded: "Try again, or raise max_replicas or max_concurrent_requests.",
-        e.Unauthenticated: "Name a certificate of this mesh with --tls-cert, --tls-key and --tls-ca.",
-    }
-)
-
-
-def hint_for(error: MeshError) -> str:
-    """Return what to do next, or an empty string."""
-    for kind in type(error).__mro__:
-        if kind in _HINTS:
-            return _HINTS[kind]
-    return ""
