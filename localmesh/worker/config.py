@@ -35,7 +35,7 @@ class WorkerConfig:
     replica_ports: PortRange | None = None
     """None lets the system choose."""
     replica_listen_host: str = "127.0.0.1"
-    labels: Mapping[str, str] = MappingProxyType({})
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     max_replicas_per_model: int = 1
     memory_budget: str = "90%"
     """Of the RAM: a part or an amount, see localmesh.worker.budgets."""
@@ -56,7 +56,7 @@ class WorkerConfig:
     served_by_trailers: bool = False
     log_bytes: int = 16 << 20
     """Disk that the output of one replica may take."""
-    environment: Mapping[str, str] = MappingProxyType({})
+    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """The worker's own environment; what replicas may see of it is passed on."""
     replica_command: tuple[str, ...] = ()
     """What is run as a replica; empty is this Python with localmesh.replica."""

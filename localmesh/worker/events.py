@@ -24,7 +24,7 @@ class Wanted:
     """None when the model was deleted or edited meanwhile."""
     problem: str = ""
     """Why `spec` is None although there is one."""
-    devices: Mapping[DeviceId, int] = _NO_DEVICES
+    devices: Mapping[DeviceId, int] = field(default_factory=lambda: _NO_DEVICES)
     placement: int = 0
     """Numbers the lives of the name `id`; one process at most for each."""
 
@@ -79,7 +79,7 @@ class Said:
 
     id: ReplicaId
     event: StatusEvent
-    measured: Mapping[DeviceId, int] = _NO_DEVICES
+    measured: Mapping[DeviceId, int] = field(default_factory=lambda: _NO_DEVICES)
     """Bytes that the process uses on each of its devices, with events that tell its memory."""
 
 
