@@ -1,0 +1,27 @@
+"""How a registry is set up."""
+
+from dataclasses import dataclass
+
+from localmesh.store.membership import LeaseTimes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryConfig:
+    """How the registry behaves. Where it listens is the server's."""
+
+    auto_approve: bool = True
+    """A node of which nobody has said anything is approved when it registers."""
+    leases: LeaseTimes = LeaseTimes()
+    """How long a node's presence and its records outlive its last heartbeat."""
+    failure_ttl_seconds: int = 60
+    """A node where a load failed is not tried again for this model and revision before that."""
+    write_seen_seconds: float = 2.0
+    """How long an answer waits at most until this registry's own view shows what was written."""
+    progress_seconds: float = 1.0
+    """Between two writes of one replica's progress, or of its own count of calls, at least."""
+    measured_seconds: float = 30.0
+    """Between two writes of a node's measurement at most, once it changed at all."""
+    measured_change: float = 0.05
+    """A change of a measurement by this part is written at once."""
+    budget_part: float = 0.9
+    """Part of a device's memory that may be claimed where its worker does not say."""
