@@ -80,6 +80,8 @@ async def _serve(role: str, config: Config, say: Callable[[str], None], status: 
         async with _component(role)(config) as ready:
             status.send(ready)
             say(f"{role} serves at {ready.endpoint}" + (f" ({ready.detail})" if ready.detail else ""))
+            if ready.join_token:
+                say(f"to make another machine a node, run there: localmesh worker --join {ready.join_token}")
             await asyncio.Event().wait()
 
     await until_signalled(serve())

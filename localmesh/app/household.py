@@ -16,10 +16,11 @@ from localmesh.app.certificates import Certificates
 from localmesh.app.children import Child, ChildSpec, StartFailed
 from localmesh.app.config import ENROLMENT_PORT, Config, TlsSection
 from localmesh.app.etcd_keeper import EtcdKeeper
-from localmesh.app.names import node_name_of_host
+from localmesh.app.names import node_name_of_host, worker_folder
 from localmesh.app.running import RunningMesh
 from localmesh.core.clock import Clock, SystemClock
 from localmesh.etcd.tasks import TaskOwner
+from localmesh.rpc.addresses import join_host_port, split_host_port
 
 _READY_SECONDS = 60.0
 _KILL_SECONDS = 5.0
@@ -56,8 +57,6 @@ class Household:
         self.registry: Child | None = None
         self.router: Child | None = None
         self.workers: list[Child] = []
-        self.join_line = ""
-        """The command that makes another machine a node, where others are listened to."""
         self.certificates: Certificates | None = None
         self._say = say
         self._throw_away_etcd = throw_away_etcd
@@ -72,6 +71,12 @@ class Household:
     def children(self) -> list[Child]:
         """All processes but etcd."""
         return [child for child in (self.registry, self.router, *self.workers) if child is not None]
+
+    @property
+    def join_line(self) -> str:
+        """The command that makes another machine a node; empty where no other may come in."""
+        address = self.registry.address if self.registry is not None else None
+        return f"localmesh worker --join {address.join_token}" if address is not None and address.join_token else ""
 
     @property
     def log_dir(self) -> Path:
@@ -134,13 +139,12 @@ class Household:
         config = self.config
         self._prepare_folders()
         if config.up.listen:
-            self.certificates = await asyncio.to_thread(Certificates.open, config.state_dir / "ca", config.mesh)
+            self.certificates = await asyncio.to_thread(Certificates.open, config.state_dir, config.mesh)
         if not config.etcd.endpoints:
             await self._start_etcd()
         self.registry = self._child("registry", self._registry_config())
         self.router = self._child("router", self._router_config())
         await self._ready(self.registry, self.router)
-        self._learn_join_line()
         for number in range(config.up.workers):
             self.workers.append(self._child(f"worker-{number}", self._worker_config(number), role="worker"))
         await self._ready(*self.workers)
@@ -215,7 +219,10 @@ class Household:
     def _tls(self, role: str, name: str) -> TlsSection:
         if self.certificates is None:
             return self.config.tls
-        return self.certificates.issue(role, name, hosts=(self.config.up.listen, "127.0.0.1", "::1", "localhost"))
+        hosts = (self.config.up.listen,)
+        if role == "node":
+            return self.certificates.issue_node(worker_folder(self.config.state_dir, name), name, hosts)
+        return self.certificates.issue(role, name, hosts)
 
     def _registry_config(self) -> Config:
         base = self._base()
@@ -224,7 +231,7 @@ class Household:
             registry = replace(
                 registry,
                 listen=_on(self.config.up.listen, registry.listen),
-                enrolment_listen=registry.enrolment_listen or _join(self.config.up.listen, ENROLMENT_PORT),
+                enrolment_listen=registry.enrolment_listen or join_host_port(self.config.up.listen, ENROLMENT_PORT),
                 ca_dir=self.config.state_dir / "ca",
             )
         return replace(base, tls=self._tls("registry", "registry"), registry=registry)
@@ -257,10 +264,6 @@ class Household:
             return self._node_names[number]
         return node_name_of_host(self.config.worker.name or socket.gethostname(), f"-{number}")
 
-    def _learn_join_line(self) -> None:
-        if self.registry is not None and self.registry.address is not None and self.registry.address.detail:
-            self.join_line = f"localmesh worker --join {self.registry.address.detail}"
-
     def _running(self) -> RunningMesh:
         assert self.registry is not None  # noqa: S101 - all is ready
         assert self.router is not None  # noqa: S101 - all is ready
@@ -282,9 +285,5 @@ class Household:
 
 
 def _on(address: str, listen: str) -> str:
-    """Return a listening address moved from loopback to another address, with its port."""
-    return _join(address, int(listen.rpartition(":")[2]))
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Return a listening address moved to another address of this machine, with its port."""
+    return join_host_port(address, split_host_port(listen)[1])

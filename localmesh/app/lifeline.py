@@ -19,7 +19,9 @@ class Ready:
     port: int
     """Port that it listens on."""
     detail: str = ""
-    """What else an operator should know, one sentence."""
+    """What else an operator should know, in a few words."""
+    join_token: str = ""
+    """With which new machines may enrol, where they may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

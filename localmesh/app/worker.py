@@ -11,7 +11,7 @@ from localmesh.app import enrolment
 from localmesh.app.config import Config
 from localmesh.app.config_reader import child_environment
 from localmesh.app.lifeline import Ready
-from localmesh.app.names import node_name_of_host
+from localmesh.app.names import node_name_of_host, worker_folder
 from localmesh.app.serving import tells_who_served, tls_files
 from localmesh.core.clock import SystemClock
 from localmesh.core.ids import NodeName, node_name
@@ -37,7 +37,7 @@ async def serve(config: Config) -> AsyncIterator[Ready]:
         MeshError: It cannot start.
     """
     clock = SystemClock()
-    config = await enrolment.enrolled(config)
+    config = await enrolment.enrolled(config, own_folder(config))
     worker = Worker(worker_config(config), clock=clock)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(worker.run(), name="worker")
@@ -57,8 +57,8 @@ async def serve(config: Config) -> AsyncIterator[Ready]:
             await asyncio.wait([running])
 
 
-def worker_folder(config: Config) -> Path:
-    """Return where a worker keeps its key, conversions and replicas' files: several may share a state folder.
+def own_folder(config: Config) -> Path:
+    """Return the worker's own folder, which is called after its node.
 
     Raises:
         ConfigError: The node's name cannot be used.
@@ -67,7 +67,7 @@ def worker_folder(config: Config) -> Path:
         name = node_name(config.worker.name) if config.worker.name else node_name_of_host(socket.gethostname())
     except ValueError as problem:
         raise ConfigError(str(problem), field="worker.name") from None
-    return config.state_dir / "workers" / name
+    return worker_folder(config.state_dir, name)
 
 
 def worker_config(config: Config) -> WorkerConfig:
@@ -77,7 +77,7 @@ def worker_config(config: Config) -> WorkerConfig:
         ConfigError: They cannot be used; the message names the one.
     """
     own = config.worker
-    folder = worker_folder(config)
+    folder = own_folder(config)
     try:
         ports = None if own.replica_ports == "0" else PortRange.parse(own.replica_ports)
         budget_bytes(own.memory_budget, total_bytes=1)

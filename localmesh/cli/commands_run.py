@@ -10,21 +10,21 @@ def run_component(command: Command) -> int:
     """`registry`, `router`, `worker`: one component in the foreground."""
     from localmesh.app import component
 
-    return component.run(command.arguments.command, command.config, say=output.write_line)
+    return component.run(command.arguments.command, command.config, say=output.say)
 
 
 def run_up(command: Command) -> int:
     """`up`: the whole mesh in the foreground."""
     from localmesh.app import up
 
-    return up.run(command.config, say=output.write_line)
+    return up.run(command.config, say=output.say)
 
 
 def run_demo(command: Command) -> int:
     """`demo`: an ephemeral mesh that shows itself."""
     from localmesh.cli import demo
 
-    return demo.run(command.config, say=output.write_line)
+    return demo.run(command.config, say=output.say)
 
 
 def version(command: Command) -> int:

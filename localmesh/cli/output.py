@@ -39,6 +39,11 @@ def write_line(text: str, *, flush: bool = False) -> None:
         sys.stdout.flush()
 
 
+def say(text: str) -> None:
+    """Print a line at once: for commands that go on running."""
+    write_line(text, flush=True)
+
+
 def write_error(message: str, hint: str = "") -> None:
     """Tell a person what went wrong and what to do next."""
     sys.stderr.write(f"localmesh: {message}\n" + (f"{hint}\n" if hint else ""))

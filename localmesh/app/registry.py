@@ -1,0 +1,87 @@
+"""A registry, from its configuration."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from localmesh.app import enrolment
+from localmesh.app.config import Config
+from localmesh.app.lifeline import Ready
+from localmesh.app.serving import beside, server_config
+from localmesh.app.store_client import open_store
+from localmesh.core.clock import SystemClock
+from localmesh.core.errors import MeshError
+from localmesh.etcd import EtcdError, StoreReset
+from localmesh.registry.config import RegistryConfig
+from localmesh.registry.desired_folder import DesiredFolder
+from localmesh.registry.service import SERVICE, RegistryServicer, fill_from_folder
+from localmesh.rpc.identity import registry_policy
+from localmesh.rpc.server import GrpcServer
+from localmesh.store.mesh import MeshStore
+from localmesh.store.mirror import Mirror
+from localmesh.v1 import registry_service_pb2_grpc
+
+_LOG = logging.getLogger(__name__)
+_PAUSE_SECONDS = 0.5
+
+
+@asynccontextmanager
+async def serve(config: Config) -> AsyncIterator[Ready]:
+    """Run a registry while the block runs.
+
+    Raises:
+        MeshError: It cannot start.
+    """
+    clock = SystemClock()
+    own = config.registry
+    server = GrpcServer(
+        server_config(config, listen=own.listen, advertise=own.advertise),
+        name="registry",
+        identity_policy=registry_policy(config.mesh),
+    )
+    folder = DesiredFolder(own.desired_dir) if own.desired_dir is not None else None
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(config, clock))
+        mirror = Mirror(store)
+        keeping = [mirror.run()]
+        if folder is not None:
+            known = await fill_from_folder(store, folder)
+            _LOG.info("the folder %s has %d models and approvals", own.desired_dir, known)
+            keeping.append(fill_after_reset(store, folder))
+        await stack.enter_async_context(beside(*keeping))
+        await mirror.loaded()
+        settings = RegistryConfig(auto_approve=own.auto_approve)
+        servicer = RegistryServicer(store, mirror, settings, clock, folder=folder)
+        server.add(registry_service_pb2_grpc.add_RegistryServiceServicer_to_server, servicer, SERVICE)
+        await server.start()
+        try:
+            join_token = ""
+            if own.enrolment_listen:
+                letting_in = enrolment.listener(config, mirror, [server.endpoint], clock)
+                join_token = str(await stack.enter_async_context(letting_in))
+            yield Ready(endpoint=server.endpoint, port=server.port, join_token=join_token)
+        finally:
+            servicer.close()
+            await server.stop()
+
+
+async def fill_after_reset(store: MeshStore, folder: DesiredFolder) -> None:
+    """Fill the store from the folder whenever another, empty one has taken its place. Runs until cancelled."""
+    behind = False
+    while True:
+        try:
+            if behind:
+                await store.check_schema()
+                await fill_from_folder(store, folder)
+                behind = False
+                _LOG.warning("the store was reset; desired state was put into it again")
+            async with store.etcd.watch(store.keys.schema()) as watcher:
+                async for _ in watcher:
+                    continue
+        except StoreReset:
+            behind = True
+            continue
+        except (MeshError, EtcdError) as error:
+            _LOG.info("etcd cannot be watched at present: %s", error)
+        await asyncio.sleep(_PAUSE_SECONDS)
