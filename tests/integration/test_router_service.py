@@ -1,0 +1,212 @@
+"""RouterService, health and reflection of a router; and a router whose etcd is silent."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from localmesh.core.errors import ModelNotFound, ReplicaNotFound, StoreUnavailable
+from localmesh.core.records import Policy
+from localmesh.etcd import EtcdBinary, EtcdServer
+from localmesh.rpc.errors import from_rpc_error
+from localmesh.rpc.server import GrpcServer, ServerConfig
+from localmesh.v1 import router_service_pb2 as pb
+from localmesh.v1 import router_service_pb2_grpc, worker_service_pb2, worker_service_pb2_grpc
+from tests.integration.router_kit import declare, eventually, ready, router_mesh
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_requests_go_on_while_etcd_is_silent_and_a_cold_model_is_refused_until_it_is_back(
+    etcd_binary: EtcdBinary, mesh_name: str
+) -> None:
+    """F4: the last view is used; nothing that runs depends on etcd."""
+    async with EtcdServer(etcd_binary) as etcd, router_mesh(etcd.endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "tiny", Policy(min_replicas=2))
+        await declare(mesh.store, "cold")
+        for name in "ab":
+            await mesh.node(name, presence_seconds=60)
+        router = await mesh.router(hold_seconds=10.0)
+        await eventually(mesh.mirror, lambda s: len(ready(s, "tiny")) == 2)
+        stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
+        etcd.process.send_signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(30):
+                served: list[str] = []
+                while (status := await stub.GetStatus(pb.GetStatusRequest())).store_connected:
+                    served.append(await mesh.call(router, "tiny"))
+            served += [await mesh.call(router, "tiny") for _ in range(4)]
+            assert set(served) == {"tiny/a/0", "tiny/b/0"}
+            assert status.store_silence.seconds >= 3
+            assert any("silent" in warning for warning in status.warnings)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await mesh.call(router, "cold", timeout=30.0)
+            assert isinstance(from_rpc_error(caught.value), StoreUnavailable)
+            assert (await _health(mesh.channel(router), "")) == SERVING
+        finally:
+            etcd.process.send_signal(signal.SIGCONT)
+        await eventually(mesh.mirror, lambda s: mesh.mirror.connected, within=30.0)
+        assert await mesh.call(router, "cold", timeout=60.0) == "cold/a/0"
+
+
+async def test_requests_go_on_when_etcd_is_killed(etcd_binary: EtcdBinary, mesh_name: str) -> None:
+    """F4."""
+    async with EtcdServer(etcd_binary) as etcd, router_mesh(etcd.endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "tiny", Policy(min_replicas=1))
+        await mesh.node("a")
+        router = await mesh.router()
+        await eventually(mesh.mirror, lambda s: ready(s, "tiny"))
+        assert await mesh.call(router, "tiny") == "tiny/a/0"
+        await etcd.stop()
+        assert [await mesh.call(router, "tiny") for _ in range(20)] == ["tiny/a/0"] * 20
+        await asyncio.wait_for(_until_disconnected(mesh.mirror), 20)
+        assert await mesh.call(router, "tiny") == "tiny/a/0"
+
+
+async def _until_disconnected(mirror: Any) -> None:
+    while mirror.connected:  # noqa: ASYNC110 - it follows from time passing
+        await asyncio.sleep(0.1)
+
+
+async def _health(channel: Any, service: str) -> Any:
+    reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    return reply.status
+
+
+async def test_health_tells_of_each_model_whether_a_request_would_be_served(etcd_endpoint: str, mesh_name: str) -> None:
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "tiny")
+        router = await mesh.router()
+        channel = mesh.channel(router)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=30)
+        while (await watch.read()).status != NOT_SERVING:  # unknown at first, perhaps
+            pass
+        await mesh.node("a")
+        assert (await watch.read()).status == SERVING  # it could be loaded
+        for service in ("", "localmesh.v1.RouterService", "localmesh.v1.InferenceService", "backend.Backend"):
+            assert await _health(channel, service) == SERVING
+        watch.cancel()
+
+
+async def test_reflection_shows_what_can_be_called(etcd_endpoint: str, mesh_name: str) -> None:
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        router = await mesh.router()
+        stub = reflection_pb2_grpc.ServerReflectionStub(mesh.channel(router))
+        call = stub.ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services="*"))
+        answer = await call.read()
+        await call.done_writing()
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"localmesh.v1.RouterService", "localmesh.v1.InferenceService", "backend.Backend"} <= names
+
+
+async def test_status_shows_the_mesh_at_a_glance(etcd_endpoint: str, mesh_name: str) -> None:
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "tiny", Policy(min_replicas=1))
+        await declare(mesh.store, "wide", Policy(min_replicas=2))
+        await mesh.node("a")
+        router = await mesh.router("r1")
+        await eventually(mesh.mirror, lambda s: s.leader and ready(s, "tiny") and ready(s, "wide"))
+        stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
+        async with asyncio.timeout(10):
+            # The router's view and plans follow those of the test.
+            while "max-replicas-per-model" not in str((status := await _status(stub)).warnings):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (status.mesh, status.router, status.reconciler, status.version) == (mesh_name, "r1", "r1", "test")
+        assert (status.live_nodes, status.nodes, status.models, status.replicas) == (1, 1, 2, 2)
+        assert status.store_connected
+        assert status.store_revision > 0
+        assert any("wide has 1 of at least 2" in warning for warning in status.warnings)
+
+
+async def _status(stub: Any) -> Any:
+    return await stub.GetStatus(pb.GetStatusRequest())
+
+
+class _Worker(worker_service_pb2_grpc.WorkerServiceServicer):  # type: ignore[misc]
+    """Has two lines of each replica, and gets one more for each `say`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._more = asyncio.Condition()
+        self._said: list[str] = []
+
+    async def say(self, line: str) -> None:
+        async with self._more:
+            self._said.append(line)
+            self._more.notify_all()
+
+    async def StreamReplicaLogs(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        ref = f"{request.ref.model}/{request.ref.node}/{request.ref.index}"
+        for number in range(2):
+            yield worker_service_pb2.StreamReplicaLogsResponse(line=f"{ref} {number}")
+        sent = 0
+        while request.follow:
+            async with self._more:
+                await self._more.wait_for(lambda n=sent: len(self._said) > n)
+                lines, sent = self._said[sent:], len(self._said)
+            for line in lines:
+                yield worker_service_pb2.StreamReplicaLogsResponse(line=line)
+
+
+def _worker_server(worker: _Worker) -> GrpcServer:
+    server = GrpcServer(ServerConfig(drain_seconds=0.0), name="worker")
+    server.add(worker_service_pb2_grpc.add_WorkerServiceServicer_to_server, worker, "localmesh.v1.WorkerService")
+    return server
+
+
+async def test_lines_of_all_replicas_are_relayed_and_can_be_chosen(etcd_endpoint: str, mesh_name: str) -> None:
+    async with _worker_server(_Worker("a")) as a, _worker_server(_Worker("b")) as b:
+        async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+            await declare(mesh.store, "tiny", Policy(min_replicas=2))
+            await declare(mesh.store, "cold")
+            await mesh.node("a", endpoint=a.endpoint)
+            await mesh.node("b", endpoint=b.endpoint)
+            router = await mesh.router()
+            stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
+            await eventually(mesh.mirror, lambda s: len(ready(s, "tiny")) == 2)
+
+            async def lines(**request: Any) -> list[str]:
+                call = stub.StreamLogs(pb.StreamLogsRequest(**request), timeout=20)
+                return [response.line async for response in call]
+
+            assert await lines(model="tiny") == ["tiny/a/0 0", "tiny/a/0 1", "tiny/b/0 0", "tiny/b/0 1"]
+            assert await lines(model="tiny", node="b") == ["tiny/b/0 0", "tiny/b/0 1"]
+            for request, kind in (
+                ({"model": "nope"}, ModelNotFound),
+                ({"model": "cold"}, ReplicaNotFound),
+                ({"model": "tiny", "index": 7}, ReplicaNotFound),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await lines(**request)
+                assert isinstance(from_rpc_error(caught.value), kind)
+
+
+async def test_a_stream_of_lines_that_follows_is_joined_by_replicas_that_come_later(
+    etcd_endpoint: str, mesh_name: str
+) -> None:
+    worker_a, worker_b = _Worker("a"), _Worker("b")
+    async with _worker_server(worker_a) as a, _worker_server(worker_b) as b:
+        async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+            model = await declare(mesh.store, "tiny", Policy(min_replicas=2))
+            await mesh.node("a", endpoint=a.endpoint)
+            router = await mesh.router()
+            await eventually(mesh.mirror, lambda s: ready(s, "tiny"))
+            stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
+            call = stub.StreamLogs(pb.StreamLogsRequest(model="tiny", follow=True), timeout=30)
+            assert [(await call.read()).line for _ in range(2)] == ["tiny/a/0 0", "tiny/a/0 1"]
+            await worker_a.say("more")
+            assert (await call.read()).line == "more"
+            await mesh.node("b", endpoint=b.endpoint)
+            joined = [await call.read() for _ in range(2)]
+            assert [(line.ref.node, line.line) for line in joined] == [("b", "tiny/b/0 0"), ("b", "tiny/b/0 1")]
+            await mesh.store.delete_model(model)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert isinstance(from_rpc_error(caught.value), ModelNotFound)
