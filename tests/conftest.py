@@ -16,7 +16,7 @@ from localmesh.thirdparty import etcd_pb2 as pb
 @pytest.fixture(scope="session")
 def etcd_binary() -> EtcdBinary:
     """The best etcd of this machine: $LOCALMESH_ETCD_BIN, else `etcd` on PATH, else the one from pip."""
-    return find_etcd(os.environ.get("LOCALMESH_ETCD_BIN"))
+    return find_etcd(os.environ.get("LOCALMESH_ETCD_BIN"))  # noqa: TID251 - tests are configured by it
 
 
 @pytest.fixture(scope="session")

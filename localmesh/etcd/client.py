@@ -272,7 +272,7 @@ class EtcdClient:
             deadline=deadline,
             lease_id=lease_id,
         )
-        if answer.TTL <= 0:
+        if answer.TTL < 0:  # 0 is less than a second left
             raise LeaseExpired(lease_id)
         return LeaseInfo(answer.ID, answer.TTL, answer.grantedTTL, tuple(answer.keys))
 

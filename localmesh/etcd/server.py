@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import secrets
 import shutil
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _LOG_TAIL_BYTES = 3000
 _PORT_TRIES = 5
+# etcd has no error for damaged files: it panics, in as many words as there are ways to be damaged.
+_DAMAGE = ("invalid database", "corrupt", "crc mismatch", "checksum", "unexpected EOF", "panic:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +139,8 @@ class EtcdServer:
             raise RuntimeError("the etcd server is already started")
         if self._binary.warning:
             logger.warning("%s", self._binary.warning)
+        if self._data_dir is not None and _is_locked(self._data_dir / "member" / "snap" / "db"):
+            raise ServerStartError(f"the data folder {self._data_dir} is in use by another etcd")
         self._temporary = Path(tempfile.mkdtemp(prefix="localmesh-etcd-"))
         try:
             for tries_left in reversed(range(_PORT_TRIES)):
@@ -260,6 +265,18 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def _is_locked(database: Path) -> bool:
+    """Return whether a running etcd holds this file; another one would wait for it in silence."""
+    try:
+        with database.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # etcd itself says best what is wrong with it
+    return False
+
+
 def _hint(tail: str) -> str:
     """Return what to do about a failure that etcd's log explains."""
     if "address already in use" in tail:
@@ -268,8 +285,6 @@ def _hint(tail: str) -> str:
         return ": the machine is out of memory or disk"
     if "permission denied" in tail:
         return ": it may not write its data folder"
-    if "resource temporarily unavailable" in tail or "file lock" in tail or "cannot be locked" in tail:
-        return ": its data folder is in use by another etcd"
-    if any(word in tail for word in ("invalid database", "corrupt", "crc mismatch", "checksum", "unexpected EOF")):
-        return ": its data folder is damaged; move it away or restore it from a backup"
+    if any(word in tail for word in _DAMAGE):
+        return ": its data folder seems damaged; move it away or restore it from a backup"
     return ""
