@@ -204,6 +204,8 @@ class Household:
             await asyncio.wait((everyone, self._failure), return_when=asyncio.FIRST_COMPLETED)
         finally:
             everyone.cancel()
+            await asyncio.wait((everyone,))
+            _ = everyone.cancelled() or everyone.exception()
         if self._failure.done():
             self._failure.result()
 

@@ -11,11 +11,11 @@ from localmesh.app.names import node_name_of_host
 from localmesh.app.serving import beside, server_config, tls_files
 from localmesh.app.store_client import open_store
 from localmesh.core.clock import SystemClock
-from localmesh.core.errors import InvalidRequest
 from localmesh.router.config import RouterConfig
 from localmesh.router.node import Router
 from localmesh.rpc.addresses import parse_listen
 from localmesh.rpc.channels import ChannelPool
+from localmesh.rpc.errors import ConfigError
 from localmesh.store.holder import Holder
 from localmesh.store.leader import LeaderElection
 from localmesh.store.mirror import Mirror
@@ -31,14 +31,14 @@ async def serve(config: Config) -> AsyncIterator[Ready]:
     clock = SystemClock()
     settings = router_config(config)
     async with (
-        open_store(config, clock) as store,
         ChannelPool(settings.server.tls, config.max_message_bytes, clock) as channels,
+        open_store(config, clock) as store,
     ):
         mirror = Mirror(store)
         try:
             holder = Holder(mirror, settings.name)
         except ValueError as problem:
-            raise InvalidRequest(f"router.name = {settings.name!r} cannot be used: {problem}", field="name") from None
+            raise ConfigError(f"router.name = {settings.name!r} cannot be used: {problem}", field="name") from None
         router = Router(
             settings,
             store=store,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from localmesh.app.config import Config
 from localmesh.core.clock import Clock
-from localmesh.core.errors import InvalidRequest, StoreUnavailable
+from localmesh.core.errors import StoreUnavailable
 from localmesh.etcd import EtcdClient, EtcdConfig
+from localmesh.rpc.errors import ConfigError
 from localmesh.store.mesh import MeshStore
 
 
@@ -18,13 +19,13 @@ async def open_store(config: Config, clock: Clock) -> AsyncIterator[MeshStore]:
     Raises:
         StoreUnavailable: etcd does not answer.
         SchemaUnsupported: Another version wrote what is there.
-        InvalidRequest: The settings of etcd cannot be used.
+        ConfigError: The settings of etcd cannot be used.
     """
     async with EtcdClient(etcd_config(config), clock) as client:
         try:
             store = MeshStore(client, config.mesh, clock)
         except ValueError as problem:
-            raise InvalidRequest(f"mesh = {config.mesh!r} cannot be used: {problem}", field="mesh") from None
+            raise ConfigError(f"mesh = {config.mesh!r} cannot be used: {problem}", field="mesh") from None
         try:
             await store.check_schema()
         except StoreUnavailable as error:
@@ -40,7 +41,7 @@ def etcd_config(config: Config) -> EtcdConfig:
     """Return how etcd is reached.
 
     Raises:
-        InvalidRequest: The settings contradict each other, or a file cannot be read.
+        ConfigError: The settings contradict each other, or a file cannot be read.
     """
     given = config.etcd
     try:
@@ -54,7 +55,7 @@ def etcd_config(config: Config) -> EtcdConfig:
             max_message_bytes=config.max_message_bytes,
         )
     except ValueError as problem:
-        raise InvalidRequest(f"the settings of etcd cannot be used: {problem}.", field="etcd") from None
+        raise ConfigError(f"the settings of etcd cannot be used: {problem}.", field="etcd") from None
 
 
 def _read(path: Path | None) -> bytes | None:
@@ -63,4 +64,4 @@ def _read(path: Path | None) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as problem:
-        raise InvalidRequest(f"cannot read {path}, which is set for etcd: {problem.strerror}.", field="etcd") from None
+        raise ConfigError(f"cannot read {path}, which is set for etcd: {problem.strerror}.", field="etcd") from None

@@ -24,7 +24,8 @@ def run(config: Config, *, say: Callable[[str], None]) -> int:
         MeshError: This system cannot run it.
     """
     component.refuse_other_systems()
-    component.set_up_logging("warning" if config.log_level == "info" else config.log_level)
+    # What an operator should know is said; each component's own log is in a file.
+    component.set_up_logging("error" if config.log_level == "info" else config.log_level)
     asyncio.run(component.until_signalled(_run(config, say)))
     say("stopped")
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from localmesh.app.component import set_up_logging
 from localmesh.app.config import Config
 from localmesh.app.exits import Exit
 from localmesh.cli import tables
@@ -20,8 +21,8 @@ from localmesh.testing import MINILM_PACKAGE, LocalMesh, for_model, minilm_spec,
 from localmesh.v1 import inference_service_pb2 as pb
 
 NODES = ("alpha", "beta")
-PROMPT = "The quick brown"
-PROMPTS = ("A list is", "To open a file", "The function returns", "An exception", "When the loop", "A module")
+PROMPT = "The function returns"
+PROMPTS = ("A list is", "To open a file", "A string is", "An exception is", "When the loop", "This module")
 QUESTION = "How do I make the text bigger?"
 PARAPHRASE = "What is the way to increase the font size?"
 UNRELATED = "The ship sank in a storm off the coast."
@@ -59,6 +60,7 @@ def run(config: Config, *, say: Callable[[str], None]) -> int:
         StartFailed: The mesh does not start.
     """
     require_packages()
+    set_up_logging("error" if config.log_level == "info" else config.log_level)
     return asyncio.run(_run(config, say))
 
 

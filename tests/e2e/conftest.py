@@ -63,16 +63,17 @@ class Sandbox:
 
     def start(self, *words: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start `localmesh WORDS`."""
-        process = subprocess.Popen(
-            self.command(*words),
-            env=self.environment(env),
-            stdin=subprocess.DEVNULL,
-            stdout=(self.folder / f"out{len(self.started)}").open("w"),
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-            start_new_session=True,
-        )
+        with (self.folder / f"out{len(self.started)}").open("w") as out:
+            process = subprocess.Popen(
+                self.command(*words),
+                env=self.environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=self.folder,
+                start_new_session=True,
+            )
         self.started.append(process)
         return process
 
@@ -138,6 +139,12 @@ class Sandbox:
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
         assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def make_sandbox() -> type[Sandbox]:
+    """Return Sandbox, for fixtures that keep one for several tests. Whoever makes one closes it."""
+    return Sandbox
 
 
 @pytest.fixture

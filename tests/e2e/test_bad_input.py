@@ -95,11 +95,11 @@ def test_a_model_that_fits_nowhere_says_for_each_node_why(mesh) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(mesh) -> None:
-    declare(mesh, "name: short\nengine: llama\nsource: tiny.gguf\nparameters: {context_tokens: 32}\n")
-    code, error = failure(mesh, "generate", "short", "word " * 500)
+    declare(mesh, "name: short\nengine: llama\nsource: tiny.gguf\nparameters: {context_tokens: 256}\n")
+    code, error = failure(mesh, "generate", "short", "word " * 2000)
     assert (code, error["reason"]) == (5, "PROMPT_TOO_LONG")
-    assert error["metadata"]["context_tokens"] == "32"
-    assert int(error["metadata"]["prompt_tokens"]) > 32
+    assert error["metadata"]["context_tokens"] == "256"
+    assert int(error["metadata"]["prompt_tokens"]) > 256
     mesh.run("delete", "short")
 
 
@@ -169,73 +169,73 @@ def test_a_setting_that_cannot_be_used_is_named(sandbox, words: list[str], said:
     sandbox.assert_nothing_left()
 
 
-class TestBackendsThatFail:
-    """A mesh of its own, with models and backends that break."""
+@pytest.fixture(scope="module")
+def broken(make_sandbox):
+    """Yield a mesh of its own, with models and backends that break."""
+    box = make_sandbox()
+    models = box.folder / "models"
+    models.mkdir()
+    whole = (MODELS_FOLDER / "tiny.gguf").read_bytes()
+    (models / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    (models / "noise.gguf").write_bytes(os.urandom(4096))
+    shutil.copy(MODELS_FOLDER / "tiny.gguf", models / "good.gguf")
+    for name, script in {
+        "dies": "echo the disk is on fire >&2; exit 3",
+        "hangs": "exec sleep 1000",
+    }.items():
+        folder = box.folder / "backends" / name
+        folder.mkdir(parents=True)
+        (folder / "run.sh").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "run.sh").chmod(0o755)
+    box.up("--models-dir", str(models), "--backends-dir", str(box.folder / "backends"))
+    yield box
+    box.close()
 
-    @pytest.fixture(scope="class")
-    def broken(self):
-        from conftest import Sandbox
 
-        box = Sandbox()
-        models = box.folder / "models"
-        models.mkdir()
-        whole = (MODELS_FOLDER / "tiny.gguf").read_bytes()
-        (models / "cut.gguf").write_bytes(whole[: len(whole) // 2])
-        (models / "noise.gguf").write_bytes(os.urandom(4096))
-        shutil.copy(MODELS_FOLDER / "tiny.gguf", models / "good.gguf")
-        for name, script in {
-            "dies": "echo the disk is on fire >&2; exit 3",
-            "hangs": "exec sleep 1000",
-        }.items():
-            folder = box.folder / "backends" / name
-            folder.mkdir(parents=True)
-            (folder / "run.sh").write_text(f"#!/bin/sh\n{script}\n")
-            (folder / "run.sh").chmod(0o755)
-        box.up("--models-dir", str(models), "--backends-dir", str(box.folder / "backends"))
-        yield box
-        box.close()
+@pytest.mark.parametrize("file", ["cut.gguf", "noise.gguf"])
+def test_a_corrupt_file_fails_with_a_reason_and_frees_its_memory(broken, file: str) -> None:
+    name = file.replace(".", "-")
+    declare(broken, f"name: {name}\nengine: llama\nsource: {file}\n")
+    code, error = failure(broken, "generate", name, "x")
+    assert code == 7
+    assert error["reason"] in ("LOAD_FAILED", "SOURCE_MISSING")
+    assert file in error["message"]
+    broken.run("delete", name)
+    nothing_claimed(broken)
 
-    @pytest.mark.parametrize("file", ["cut.gguf", "noise.gguf"])
-    def test_a_corrupt_file_fails_with_a_reason_and_frees_its_memory(self, broken, file: str) -> None:
-        name = file.replace(".", "-")
-        declare(broken, f"name: {name}\nengine: llama\nsource: {file}\n")
-        code, error = failure(broken, "generate", name, "x")
-        assert code == 7
-        assert error["reason"] in ("LOAD_FAILED", "SOURCE_MISSING")
-        assert file in error["message"]
-        broken.run("delete", name)
-        self.nothing_claimed(broken)
 
-    def test_a_backend_that_dies_at_start_gives_its_last_words(self, broken) -> None:
-        """F46: failure with its last stderr lines."""
-        declare(broken, "name: dies\nengine: process:dies\nresources: {memory: 1MiB}\n")
-        code, error = failure(broken, "generate", "dies", "x")
-        assert (code, error["reason"]) == (7, "LOAD_FAILED")
-        assert "the disk is on fire" in error["message"]
-        shown = broken.run("models", "dies").stdout
-        assert "LOAD_FAILED" in shown
-        broken.run("delete", "dies")
-        self.nothing_claimed(broken)
+def test_a_backend_that_dies_at_start_gives_its_last_words(broken) -> None:
+    """F46: failure with its last stderr lines."""
+    declare(broken, "name: dies\nengine: process:dies\nresources: {memory: 1MiB}\n")
+    code, error = failure(broken, "generate", "dies", "x")
+    assert (code, error["reason"]) == (7, "LOAD_FAILED")
+    assert "the disk is on fire" in error["message"]
+    shown = broken.run("models", "dies").stdout
+    assert "LOAD_FAILED" in shown
+    broken.run("delete", "dies")
+    nothing_claimed(broken)
 
-    def test_a_backend_that_hangs_leaves_the_caller_with_progress_and_no_process(self, broken) -> None:
-        declare(broken, "name: hangs\nengine: process:hangs\nresources: {memory: 1MiB}\n")
-        code, error = failure(broken, "generate", "hangs", "x", "--timeout-seconds", "4")
-        assert code in (3, 6), error
-        broken.run("delete", "hangs")
-        broken.until(lambda: not any("sleep 1000" in line for line in broken.processes().values()))
-        self.nothing_claimed(broken)
 
-    def test_a_good_model_still_works_beside_them(self, broken) -> None:
-        declare(broken, "name: good\nengine: llama\nsource: good.gguf\n")
-        said = broken.run("generate", "good", "The", "-n", "4")
-        assert said.returncode == 0, said.stderr
-        broken.run("delete", "good")
+def test_a_backend_that_hangs_leaves_the_caller_with_progress_and_no_process(broken) -> None:
+    declare(broken, "name: hangs\nengine: process:hangs\nresources: {memory: 1MiB}\n")
+    code, error = failure(broken, "generate", "hangs", "x", "--timeout-seconds", "4")
+    assert code in (3, 6), error
+    broken.run("delete", "hangs")
+    broken.until(lambda: not any("sleep 1000" in line for line in broken.processes().values()))
+    nothing_claimed(broken)
 
-    @staticmethod
-    def nothing_claimed(box) -> None:
-        def free() -> bool:
-            nodes = box.json("nodes")["nodes"]
-            return all(int(d["claimedBytes"]) == 0 for n in nodes for d in n["devices"])
 
-        box.until(free)
-        assert not list(Path(box.state).rglob("*.sock"))
+def test_a_good_model_still_works_beside_them(broken) -> None:
+    declare(broken, "name: good\nengine: llama\nsource: good.gguf\n")
+    said = broken.run("generate", "good", "The", "-n", "4")
+    assert said.returncode == 0, said.stderr
+    broken.run("delete", "good")
+
+
+def nothing_claimed(box) -> None:
+    def free() -> bool:
+        nodes = box.json("nodes")["nodes"]
+        return all(int(d["claimedBytes"]) == 0 for n in nodes for d in n["devices"])
+
+    box.until(free)
+    assert not list(Path(box.state).rglob("*.sock"))

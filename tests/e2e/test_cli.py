@@ -26,12 +26,12 @@ def test_a_model_is_applied_listed_asked_and_deleted(mesh) -> None:
     assert apply(mesh, "cycle").stdout == "model cycle unchanged\n"
     assert apply(mesh, "cycle", least=1).stdout == "model cycle changed\n"
     assert "cycle" in mesh.run("models").stdout
-    said = mesh.run("generate", "cycle", "The", "-n", "8", "--temperature", "0", "-v")
+    said = mesh.run("generate", "cycle", "The function returns", "-n", "8", "--temperature", "0", "-v")
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip()
     assert "8 tokens made" in said.stderr
     assert "ended by: length" in said.stderr
-    again = mesh.run("generate", "cycle", "The", "-n", "8", "--temperature", "0")
+    again = mesh.run("generate", "cycle", "The function returns", "-n", "8", "--temperature", "0")
     assert again.stdout == said.stdout
     assert mesh.run("delete", "cycle").stdout.startswith("model cycle deleted")
     assert mesh.run("models", "cycle").returncode == 4
@@ -56,7 +56,7 @@ def test_json_has_the_same_keys_as_the_protos(mesh) -> None:
 
 def test_answers_for_programs_are_one_document(mesh) -> None:
     apply(mesh, "whole")
-    answer = mesh.json("generate", "whole", "The", "-n", "4")
+    answer = mesh.json("generate", "whole", "The function returns", "-n", "4", "--temperature", "0")
     assert answer["usage"]["completionTokens"] == 4
     assert answer["finishReason"] == "FINISH_REASON_LENGTH"
     tokens = mesh.json("tokenize", "whole", "The end")["tokens"]
