@@ -64,8 +64,7 @@ class ReplicaLog:
         """Return the end of the output: whole lines, of at most so many bytes in all."""
         data = self._read_end(limit_bytes + 1)
         if len(data) > limit_bytes:
-            cut = data[1:]
-            data = cut.partition(b"\n")[2] or cut
+            data = data.partition(b"\n")[2] or data[1:]
         return data.decode("utf-8", "replace").strip("\n")
 
     async def lines(self, *, tail: int, follow: bool) -> AsyncIterator[str]:

@@ -491,5 +491,5 @@ class WorkerLife(RuleBasedStateMachine):
             assert self.machine.held[replica].pid == pid
 
 
-WorkerLife.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+WorkerLife.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestWorkerLife = WorkerLife.TestCase
