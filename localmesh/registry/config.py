@@ -1,6 +1,6 @@
 """How a registry is set up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from localmesh.store.membership import LeaseTimes
 
@@ -11,7 +11,7 @@ class RegistryConfig:
 
     auto_approve: bool = True
     """A node of which nobody has said anything is approved when it registers."""
-    leases: LeaseTimes = LeaseTimes()
+    leases: LeaseTimes = field(default_factory=LeaseTimes)
     """How long a node's presence and its records outlive its last heartbeat."""
     failure_ttl_seconds: int = 60
     """A node where a load failed is not tried again for this model and revision before that."""
