@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from localmesh.core.clock import Clock
-from localmesh.core.errors import InternalError, LoadFailed, MeshError, PlacementFailed
+from localmesh.core.errors import ComponentUnreachable, InternalError, LoadFailed, MeshError, PlacementFailed
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ReplicaRecord
 from localmesh.core.snapshot import Snapshot
@@ -67,9 +67,10 @@ class ColdLoader:
         return load
 
     async def _load(self, model: ModelName, load: Load) -> None:
-        error: MeshError | None = None
+        error: MeshError | None = ComponentUnreachable("this router is stopping: ask another one", endpoint="")
         try:
             await self._until_routable(model)
+            error = None
         except MeshError as failure:
             error = failure
             logger.warning("loading %s: %s", model, failure)

@@ -8,7 +8,7 @@ from typing import Any
 
 from localmesh.balancing import Chooser, Ejections, LocalLoad
 from localmesh.core.clock import Clock
-from localmesh.core.errors import InternalError, MeshError
+from localmesh.core.errors import ComponentUnreachable, MeshError
 from localmesh.core.ids import ModelName, ReplicaId
 from localmesh.core.snapshot import Snapshot
 from localmesh.router.calls import CallRouter, known_kinds
@@ -205,5 +205,5 @@ class Router:
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         if self._tasks is None:
             coroutine.close()
-            raise InternalError("this router is stopping", retry_after_seconds=1.0)
+            raise ComponentUnreachable("this router is stopping: ask another one", endpoint="")
         self._tasks.create_task(coroutine, name=name)

@@ -11,6 +11,7 @@ from localmesh.balancing import Chooser, Ejections, LocalLoad
 from localmesh.core.clock import SystemClock
 from localmesh.core.errors import LoadFailed, Overloaded
 from localmesh.core.ids import HolderId, ModelName, NodeName, ReplicaId
+from localmesh.core.pick import candidates, pick_best_replica
 from localmesh.core.records import (
     ApprovalRecord,
     ModelRecord,
@@ -248,3 +249,31 @@ async def test_a_changed_record_ends_an_ejection() -> None:
     mesh.dispatcher.eject(mesh.snapshot.replicas[MODEL][_id("a")], seconds=60.0)
     mesh.snapshot = replace(_mesh("a", mod_revision=2))
     (await mesh.assign(within=1.0)).release()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_what_is_assigned_is_what_the_pick_would_pick_at_that_moment(seed: int) -> None:
+    """F11: the mirror test of the one pick function against the path that counts and locks."""
+    chance = random.Random(seed)
+    mesh = Mesh(_mesh("abcde", limit=3))
+    slots: list[Slot] = []
+    for _ in range(80):
+        if slots and (len(slots) == 15 or chance.random() < 0.45):
+            slots.pop(chance.randrange(len(slots))).release()
+            continue
+        found = candidates(
+            mesh.snapshot,
+            MODEL,
+            holder=HolderId("me"),
+            own_in_flight=mesh.load.in_flight,
+            last_used=mesh.load.last_used,
+            ejected=lambda _: False,
+        )
+        expected = pick_best_replica(found, salt=b"s")
+        assert expected is not None
+        slot = await mesh.assign()
+        assert slot.replica == expected.replica
+        slots.append(slot)
+    for slot in slots:
+        slot.release()
+    assert mesh.dispatcher.in_flight == 0
