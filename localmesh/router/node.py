@@ -89,28 +89,10 @@ class Router:
             config=config.reconcile,
             interval_seconds=config.reconcile_interval_seconds,
         )
-        routing = Routing(
-            mirror=mirror,
-            holder=holder,
-            dispatcher=self._dispatcher,
-            clock=clock,
-            hold_seconds=config.hold_seconds,
-        )
-        calls = CallRouter(
-            routing=routing, dispatcher=self._dispatcher, channels=channels, retry=config.retry, clock=clock
-        )
-        self.server = GrpcServer(
-            config.server,
-            name=f"router {config.name}",
-            identity_policy=router_policy(config.mesh),
-            generic_handlers=[ProxyHandler(calls.route, clock=clock, kinds=known_kinds())],
-        )
         servicer = RouterServicer(
             config, mirror, clock, self._cold, LogRelay(mirror, channels), self._reconciler.worries
         )
-        self.server.add(router_service_pb2_grpc.add_RouterServiceServicer_to_server, servicer, ROUTER_SERVICE)
-        for service in FORWARDED_SERVICES:
-            self.server.announce(service)
+        self.server = self._make_server(self._make_calls(holder, clock), servicer, clock)
         self._health = ModelHealth(
             self.server.health,
             mirror,
@@ -118,6 +100,34 @@ class Router:
             services=(ROUTER_SERVICE, *FORWARDED_SERVICES),
             interval_seconds=config.health_interval_seconds,
         )
+
+    def _make_calls(self, holder: Holder, clock: Clock) -> CallRouter:
+        routing = Routing(
+            mirror=self._mirror,
+            holder=holder,
+            dispatcher=self._dispatcher,
+            clock=clock,
+            hold_seconds=self._config.hold_seconds,
+        )
+        return CallRouter(
+            routing=routing,
+            dispatcher=self._dispatcher,
+            channels=self._channels,
+            retry=self._config.retry,
+            clock=clock,
+        )
+
+    def _make_server(self, calls: CallRouter, servicer: RouterServicer, clock: Clock) -> GrpcServer:
+        server = GrpcServer(
+            self._config.server,
+            name=f"router {self._config.name}",
+            identity_policy=router_policy(self._config.mesh),
+            generic_handlers=[ProxyHandler(calls.route, clock=clock, kinds=known_kinds())],
+        )
+        server.add(router_service_pb2_grpc.add_RouterServiceServicer_to_server, servicer, ROUTER_SERVICE)
+        for service in FORWARDED_SERVICES:
+            server.announce(service)
+        return server
 
     def _make_dispatcher(self, holder: Holder, clock: Clock) -> Dispatcher:
         ejections = Ejections()
