@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import BinaryIO
 
 _log = logging.getLogger(__name__)
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
@@ -69,34 +70,45 @@ class ReplicaLog:
 
     async def lines(self, *, tail: int, follow: bool) -> AsyncIterator[str]:
         """Return the last lines, oldest first, then with `follow` new ones until the process is gone."""
-        offset = await asyncio.to_thread(self._tail_offset, tail)
-        rest = b""
-        while True:
-            # looked at before reading: what was written before the end is read after this
-            ended = self._complete.is_set() or not follow
-            begin, data = await asyncio.to_thread(self._read, offset)
-            end = begin + len(data)
-            if begin > offset:
-                # trimmed while this reader was behind: go on at the next whole line
-                rest, data = b"", data.partition(b"\n")[2]
-            offset = end
-            *whole, rest = (rest + data).split(b"\n")
-            for line in whole:
-                yield _decode(line)
-            if len(rest) > _LINE_BYTES:
+        file: BinaryIO | None = None
+        offset, rest = 0, b""
+        try:
+            while True:
+                # looked at before reading: what was written before the end is read after this
+                ended = self._complete.is_set() or not follow
+                if file is None:
+                    # kept open, so that a later life's file of the same name is not mistaken for this one
+                    file, offset = await asyncio.to_thread(self._open_at, tail)
+                begin, data = await asyncio.to_thread(self._read, file, offset)
+                end = begin + len(data)
+                if begin > offset:
+                    # trimmed while this reader was behind: go on at the next whole line
+                    rest, data = b"", data.partition(b"\n")[2]
+                offset = end
+                *whole, rest = (rest + data).split(b"\n")
+                for line in whole:
+                    yield _decode(line)
+                if len(rest) > _LINE_BYTES:
+                    yield _decode(rest)
+                    rest = b""
+                if data:
+                    continue
+                if ended:
+                    break
+                await self._more()
+            if rest:
                 yield _decode(rest)
-                rest = b""
-            if data:
-                continue
-            if ended:
-                break
-            try:
-                async with asyncio.timeout(_POLL_SECONDS):
-                    await self._complete.wait()
-            except TimeoutError:
-                continue
-        if rest:
-            yield _decode(rest)
+        finally:
+            if file is not None:
+                file.close()
+
+    async def _more(self) -> None:
+        """Return when it is worth looking for more."""
+        try:
+            async with asyncio.timeout(_POLL_SECONDS):
+                await self._complete.wait()
+        except TimeoutError:
+            return
 
     def _size(self) -> int:
         try:
@@ -104,15 +116,21 @@ class ReplicaLog:
         except OSError:
             return 0
 
-    def _read(self, offset: int) -> tuple[int, bytes]:
-        """Return what begins at the offset, or where the file begins now, and where that is."""
-        begin = max(offset, self._start)
+    def _open_at(self, tail: int) -> tuple[BinaryIO | None, int]:
+        """Open the file and return it with where its last `tail` lines begin; None while there is none."""
         try:
-            with self.path.open("rb") as file:
-                file.seek(begin)
-                return begin, file.read(_CHUNK)
+            file = self.path.open("rb")
         except OSError:
-            return begin, b""
+            return None, 0
+        return file, self._tail_offset(file, tail)
+
+    def _read(self, file: BinaryIO | None, offset: int) -> tuple[int, bytes]:
+        """Return what begins at the offset, or where the file begins now, and where that is."""
+        if file is None:
+            return offset, b""
+        begin = max(offset, self._start)
+        file.seek(begin)
+        return begin, file.read(_CHUNK)
 
     def _read_end(self, count: int) -> bytes:
         try:
@@ -123,28 +141,24 @@ class ReplicaLog:
         except OSError:
             return b""
 
-    def _tail_offset(self, lines: int) -> int:
+    def _tail_offset(self, file: BinaryIO, lines: int) -> int:
         """Return where the last `lines` lines begin."""
-        try:
-            with self.path.open("rb") as file:
-                at = file.seek(0, os.SEEK_END)
-                left = lines + 1
-                first = True
-                while at > self._start:
-                    begin = max(self._start, at - _CHUNK)
-                    file.seek(begin)
-                    data = file.read(at - begin)
-                    if first and not data.endswith(b"\n"):
-                        left -= 1  # the last line has no end yet
-                    first = False
-                    found = len(data)
-                    while left and (found := data.rfind(b"\n", 0, found)) >= 0:
-                        left -= 1
-                    if not left:
-                        return begin + found + 1
-                    at = begin
-        except OSError:
-            return self._start
+        at = file.seek(0, os.SEEK_END)
+        left = lines + 1
+        first = True
+        while at > self._start:
+            begin = max(self._start, at - _CHUNK)
+            file.seek(begin)
+            data = file.read(at - begin)
+            if first and not data.endswith(b"\n"):
+                left -= 1  # the last line has no end yet
+            first = False
+            found = len(data)
+            while left and (found := data.rfind(b"\n", 0, found)) >= 0:
+                left -= 1
+            if not left:
+                return begin + found + 1
+            at = begin
         return self._start
 
 

@@ -280,6 +280,7 @@ class Runner:
             os.close(output)
             os.close(writing)
         life.pid = process.pid
+        _log.info("%s: process %d starts", life.start.id, process.pid)
         stat = read_stat(process.pid)
         folder.write_record(pid=process.pid, start_ticks=stat.start_ticks if stat else 0, private=private)
         return process, StatusPipe(reading, on_data=life.wake.set)
@@ -295,7 +296,9 @@ class Runner:
                 await self._hear(life, status)
                 if life.stop is not None and kill is None:
                     grace = self._config.drain_seconds + _EXTRA_SECONDS if life.stop.drain else _HASTY_SECONDS
-                    _signal_group(life.pid, signal.SIGTERM)
+                    # it alone: helpers of its group may be needed to finish what runs
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(life.pid, signal.SIGTERM)
                     kill = loop.call_later(grace, _signal_group, life.pid, signal.SIGKILL)
                     stack.callback(kill.cancel)
 
@@ -308,7 +311,9 @@ class Runner:
             _log.warning("%s: some of its processes do not die", life.start.id)
         status.close()
         # last, because until now its number, which names the group, could not be given to another
-        return process.wait()
+        returncode = process.wait()
+        _log.info("%s: process %d has ended (%d)", life.start.id, process.pid, returncode)
+        return returncode
 
     async def _hear(self, life: _Life, status: StatusPipe) -> None:
         for line in status.take():
