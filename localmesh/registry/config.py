@@ -17,6 +17,9 @@ class RegistryConfig:
     """A node where a load failed is not tried again for this model and revision before that."""
     write_seen_seconds: float = 2.0
     """How long an answer waits at most until this registry's own view shows what was written."""
+    registered_seen_seconds: float = 0.5
+    """How long a new stream waits at most until this registry's own view shows the registration that it belongs to.
+    Another registry may have made it a moment ago; if not, the worker shall know soon that it has ended."""
     progress_seconds: float = 1.0
     """Between two writes of one replica's progress, or of its own count of calls, at least."""
     measured_seconds: float = 30.0

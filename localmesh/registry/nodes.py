@@ -136,10 +136,15 @@ class Nodes:
 
     async def _registered(self, node: NodeName, incarnation: int) -> NodeRecord:
         """Return the node's record; another registry may have made it a moment ago."""
-        if await self._shown(lambda snapshot: _present(snapshot, node, incarnation) is not None):
-            record = _present(self._mirror.snapshot, node, incarnation)
-            if record is not None:
-                return record
+        await shown(
+            self._mirror,
+            lambda snapshot: _present(snapshot, node, incarnation) is not None,
+            within_seconds=self._config.registered_seen_seconds,
+            clock=self._clock,
+        )
+        record = _present(self._mirror.snapshot, node, incarnation)
+        if record is not None:
+            return record
         if not self._mirror.connected:
             raise StoreUnavailable(
                 "this registry does not hear from etcd, and cannot tell whether the registration holds. Ask another"

@@ -21,5 +21,5 @@ async def shown(mirror: Mirror, predicate: Predicate, *, within_seconds: float, 
     try:
         return await mirror.wait_for(lambda snapshot: predicate(snapshot) or None, clock.monotonic() + within_seconds)
     except TimeoutError:
-        logger.warning("the mirror does not show yet what was written %.1f s ago", within_seconds)
+        logger.info("the mirror did not show within %.1f s what was waited for", within_seconds)
         return False

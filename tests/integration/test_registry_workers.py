@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -9,11 +10,18 @@ import grpc
 import pytest
 
 from localmesh.core.clock import SystemClock
-from localmesh.core.errors import IncarnationLost, InvalidRequest, MeshError, NodeNameTaken, NodePending
+from localmesh.core.errors import (
+    IncarnationLost,
+    InvalidRequest,
+    MeshError,
+    NodeNameTaken,
+    NodePending,
+    StoreUnavailable,
+)
 from localmesh.core.ids import CPU, DeviceId, ModelName, NodeName, ReplicaId
 from localmesh.core.records import ModelSpec, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
-from localmesh.etcd import EtcdClient, EtcdConfig
+from localmesh.etcd import EtcdBinary, EtcdClient, EtcdConfig, EtcdServer
 from localmesh.registry.config import RegistryConfig
 from localmesh.registry.service import SERVICE, RegistryServicer
 from localmesh.rpc.errors import from_rpc_error
@@ -538,8 +546,7 @@ async def test_a_worker_that_reads_nothing_delays_no_other(registry: Registry, c
 
 
 async def test_a_first_message_of_a_node_that_never_registered_is_refused(etcd_endpoint: str, mesh_name: str) -> None:
-    config = RegistryConfig(write_seen_seconds=0.2)
-    async with Registry(etcd_endpoint, mesh_name, config).running() as registry:
+    async with Registry(etcd_endpoint, mesh_name, RegistryConfig()).running() as registry:
         async with grpc.aio.insecure_channel(registry.endpoint) as channel:
             worker = FakeWorker()
             worker.incarnation = 12345
@@ -549,3 +556,29 @@ async def test_a_first_message_of_a_node_that_never_registered_is_refused(etcd_e
 
 def test_device_ids_are_what_the_tests_think() -> None:
     assert DeviceId("cpu") == CPU
+
+
+async def test_while_etcd_is_away_the_stream_ends_with_a_word_and_afterwards_the_registration_holds(
+    etcd_binary: EtcdBinary, mesh_name: str
+) -> None:
+    """F4: nothing is lost, and the worker knows that it should ask elsewhere."""
+    config = RegistryConfig(leases=LeaseTimes(presence_seconds=60, record_seconds=600), write_seen_seconds=5.0)
+    worker = FakeWorker()
+    async with EtcdServer(etcd_binary) as etcd, Registry(etcd.endpoint, mesh_name, config).running() as registry:
+        async with grpc.aio.insecure_channel(registry.endpoint) as channel:
+            await worker.register(channel)
+            async with worker.stream(channel) as stream:
+                wanted = await place_on(registry, worker, stream)
+                await stream.say(worker.report(wanted, serving=serving()))
+                await registry.replica(ReplicaState.READY)
+                etcd.process.send_signal(signal.SIGSTOP)
+                try:
+                    assert isinstance(await stream.ended(), StoreUnavailable)
+                    listed = await rpc.RegistryServiceStub(channel).ListNodes(pb.ListNodesRequest(), timeout=PATIENCE)
+                    assert [n.name for n in listed.nodes] == ["n1"]
+                finally:
+                    etcd.process.send_signal(signal.SIGCONT)
+            worker.acknowledged = 0
+            async with worker.stream(channel) as stream:
+                await worker.told(lambda w: w.acknowledged)
+                await registry.replica(ReplicaState.READY)
