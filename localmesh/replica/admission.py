@@ -88,6 +88,22 @@ class Admission:
                 replica=self._replica,
             )
 
+    def check_open(self, metadata: Metadata | None) -> None:
+        """Check that a request is meant for this replica, and that the model is loaded.
+
+        Raises:
+            ReplicaStale: It was meant for another one.
+            ModelLoading: The model is not loaded yet.
+        """
+        self.check(metadata)
+        if not self._open:
+            raise ModelLoading(
+                f"the replica {self._replica} is still loading.",
+                retry_after_seconds=_LOADING_RETRY_SECONDS,
+                model=self._replica.model,
+                state="LOADING",
+            )
+
     @contextmanager
     def admit(self, metadata: Metadata | None) -> Iterator[None]:
         """Let a request in, and count it until the context is left.
@@ -98,16 +114,9 @@ class Admission:
             ReplicaDraining: The replica stops.
             ReplicaFull: As many as may are running.
         """
-        self.check(metadata)
+        self.check_open(metadata)
         if self._draining:
             raise ReplicaDraining(f"the replica {self._replica} stops.", replica=self._replica)
-        if not self._open:
-            raise ModelLoading(
-                f"the replica {self._replica} is still loading.",
-                retry_after_seconds=_LOADING_RETRY_SECONDS,
-                model=self._replica.model,
-                state="LOADING",
-            )
         if self._in_flight >= self._limit:
             raise ReplicaFull(
                 f"the replica {self._replica} runs {self._limit} requests, as many as it may.",

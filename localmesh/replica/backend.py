@@ -10,7 +10,6 @@ from localmesh.replica import backend_requests as requests
 from localmesh.replica.admission import Admission
 from localmesh.replica.engines.base import Capability, ChatCall, Engine, GenerateCall, Piece, require
 from localmesh.replica.inference import collect
-from localmesh.replica.served_by import ServedBy
 from localmesh.thirdparty import backend_pb2 as pb
 from localmesh.thirdparty import backend_pb2_grpc
 
@@ -34,13 +33,11 @@ class BackendServicer(backend_pb2_grpc.BackendServicer):
         self,
         engine: Engine,
         admission: Admission,
-        served_by: ServedBy,
         spec: ModelSpec,
         memory_bytes: Callable[[], int],
     ) -> None:
         self._engine = engine
         self._admission = admission
-        self._served_by = served_by
         self._spec = spec
         self._memory_bytes = memory_bytes
 
@@ -142,9 +139,9 @@ class BackendServicer(backend_pb2_grpc.BackendServicer):
                     candidate.tokens.extend(pb.TokenLogProb(token=t.token, log_prob=t.logprob) for t in score.tokens)
             return answer
 
-    async def TokenClassify(self, request: pb.TokenClassifyRequest, context: Any) -> pb.TokenClassifyResponse:
+    async def TokenClassify(self, request: pb.TokenClassifyRequest, context: Any) -> pb.TokenClassifyResponse:  # noqa: ARG002
         """Refuse: no engine of ours does it."""
-        self._check(request, context)
+        self._check(request)
         raise CapabilityUnsupported(
             f"the engine {self._engine.name!r} does not classify tokens.",
             model=self._spec.name,
@@ -174,15 +171,14 @@ class BackendServicer(backend_pb2_grpc.BackendServicer):
 
     @contextmanager
     def _call(self, request: Any, context: Any, capability: Capability | None = None) -> Iterator[None]:
-        self._check(request, context)
+        self._check(request)
         with self._admission.admit(context.invocation_metadata()):
             if capability is not None:
                 require(self._engine, self._spec.name, capability)
             yield
 
-    def _check(self, request: Any, context: Any) -> None:
+    def _check(self, request: Any) -> None:
         """Refuse what is meant for another model, in the words that clients of that protocol look for."""
-        self._served_by.tell(context)
         identity = getattr(request, "ModelIdentity", "")
         if identity and identity != self._spec.name:
             raise ModelNotFound(

@@ -8,7 +8,6 @@ from localmesh.core.errors import EngineFailed
 from localmesh.replica import typed_requests as typed
 from localmesh.replica.admission import Admission
 from localmesh.replica.engines.base import Capability, End, Engine, Piece, require
-from localmesh.replica.served_by import ServedBy
 from localmesh.v1 import inference_service_pb2 as pb
 from localmesh.v1 import inference_service_pb2_grpc
 
@@ -18,10 +17,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     """Every call: let in or refused, read, done by the engine, answered."""
 
-    def __init__(self, engine: Engine, admission: Admission, served_by: ServedBy) -> None:
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self._engine = engine
         self._admission = admission
-        self._served_by = served_by
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """See the proto."""
@@ -108,7 +106,6 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
     @contextmanager
     def _call(self, request: Any, context: Any, capability: Capability) -> Iterator[None]:
-        self._served_by.tell(context)
         with self._admission.admit(context.invocation_metadata()):
             self._admission.check_model(request.model)
             require(self._engine, self._admission.replica.model, capability)

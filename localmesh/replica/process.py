@@ -37,11 +37,12 @@ _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _REQUESTS_PER_SLOT = 16
 _LOAD_EVENT_SECONDS = 1.0
+_PHASE_SECONDS = 0.2
 _MEMORY_SECONDS = 10.0
 _MEMORY_CHANGE = 0.05
 _CANCEL_SECONDS = 0.5
 """For calls that are still running after the drain: they are cancelled, and told so."""
-_STOP_SECONDS = 25.0
+_STOP_SECONDS = 8.0
 """An engine's own stop takes less."""
 _HARD_EXIT_SECONDS = 3.0
 """After the drain and the engine's stop: by then the process is gone, whatever native code does."""
@@ -73,6 +74,8 @@ class ReplicaProcess:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._admission.on_change(self._changed.set)
+        self._phase = ""
+        self._phase_told = 0.0
 
     def request_stop(self) -> None:
         """Begin the end: no new request, running ones finish within the limit. A load is abandoned."""
@@ -89,7 +92,7 @@ class ReplicaProcess:
             loop.add_signal_handler(signum, self._on_signal)
         self._status.send(PhaseEvent(phase="starting"))
         try:
-            engine = create_engine(self._file, self._admission.limit)
+            engine = create_engine(self._file, self._admission.limit, self._clock)
             try:
                 return await self._serve(engine)
             finally:
@@ -120,14 +123,17 @@ class ReplicaProcess:
     async def _serve(self, engine: Engine) -> int:
         file = self._file
         server = GrpcServer(
-            _server_config(file), name=f"replica {file.replica}", identity_policy=replica_policy(file.mesh)
+            _server_config(file),
+            name=f"replica {file.replica}",
+            interceptors=(ServedBy(file.replica),) if file.served_by_trailers else (),
+            identity_policy=replica_policy(file.mesh),
         )
         add_services(
             server,
             engine=engine,
             admission=self._admission,
-            served_by=ServedBy(file.replica, enabled=file.served_by_trailers),
             spec=file.spec,
+            clock=self._clock,
         )
         await server.start(serving=False)
         try:
@@ -140,6 +146,10 @@ class ReplicaProcess:
             await server.stop(_CANCEL_SECONDS)
 
     def _report(self, phase: str, done_bytes: int, total_bytes: int) -> None:
+        now = self._clock.monotonic()
+        if phase == self._phase and now < self._phase_told + _PHASE_SECONDS and done_bytes < total_bytes:
+            return
+        self._phase, self._phase_told = phase, now
         self._status.send(PhaseEvent(phase=phase, done_bytes=done_bytes, total_bytes=total_bytes))
 
     async def _live(self, engine: Engine, server: GrpcServer) -> None:

@@ -88,7 +88,11 @@ def generate_call(request: pb.GenerateRequest | pb.StreamGenerateRequest) -> bas
     """
     if not request.prompt:
         raise InvalidRequest("prompt is empty.", field="prompt")
-    return base.GenerateCall(prompt=request.prompt, sampling=sampling_of(request.sampling))
+    return base.GenerateCall(
+        prompt=request.prompt,
+        sampling=sampling_of(request.sampling),
+        streamed=isinstance(request, pb.StreamGenerateRequest),
+    )
 
 
 def chat_call(request: pb.ChatRequest | pb.StreamChatRequest) -> base.ChatCall:
@@ -111,6 +115,7 @@ def chat_call(request: pb.ChatRequest | pb.StreamChatRequest) -> base.ChatCall:
         sampling=sampling,
         tools=tuple(_tool(t, i) for i, t in enumerate(request.tools)),
         tool_choice=_CHOICES[request.tool_choice],
+        streamed=isinstance(request, pb.StreamChatRequest),
     )
 
 

@@ -98,6 +98,8 @@ class GenerateCall:
 
     prompt: str
     sampling: Sampling = field(default_factory=Sampling)
+    streamed: bool = True
+    """Whether the caller takes pieces as they come; otherwise one piece will do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,8 @@ class ChatCall:
     tools: tuple[ToolSpec, ...] = ()
     tool_choice: str = "auto"
     """"auto", "none", "required", or the name of the one tool to call after "function:"."""
+    streamed: bool = True
+    """As for GenerateCall."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

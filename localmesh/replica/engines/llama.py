@@ -62,6 +62,8 @@ class LlamaConfig:
     limit: int
     """Requests that may be sent to the engine at once."""
     gpu: bool = False
+    engine: str = llama_json.ENGINE
+    """Name for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,7 @@ class LlamaEngine:
 
     def __init__(self, config: LlamaConfig) -> None:
         self._config = config
+        self._path = config.model_path
         self._model = config.spec.name
         self._server: list[Any] = []  # a box: emptied in a thread, so that the native destructor never blocks the loop
         self._loaded = Loaded(capabilities=frozenset())
@@ -92,17 +95,21 @@ class LlamaEngine:
     @property
     def name(self) -> str:
         """See Engine."""
-        return llama_json.ENGINE
+        return self._config.engine
 
     @property
     def loaded(self) -> Loaded:
         """See Engine."""
         return self._loaded
 
+    def use_model(self, path: Path) -> None:
+        """Take another file than the configuration said. Before `load`."""
+        self._path = path
+
     async def load(self, report: ReportPhase) -> None:
         """See Engine."""
         loop = asyncio.get_running_loop()
-        path = self._config.model_path
+        path = self._path
         plan = await loop.run_in_executor(None, self._plan)
         size = path.stat().st_size
         report("loading", 0, size)
@@ -254,7 +261,7 @@ class LlamaEngine:
 
     def _plan(self) -> _Plan:
         """Check everything that can be checked before llama.cpp touches the file. Runs in a thread."""
-        spec, path = self._config.spec, self._config.model_path
+        spec, path = self._config.spec, self._path
         check_cpu_flags(_CPUINFO.read_text() if _CPUINFO.exists() else "", platform.machine())
         if not path.is_file():
             raise SourceMissing(f"there is no file {path}: put the model there.", model=spec.name, source=spec.source)
@@ -298,7 +305,7 @@ class LlamaEngine:
     def _parameters(self, xllamacpp: Any, plan: _Plan) -> Any:
         spec = self._config.spec
         p = xllamacpp.CommonParams()
-        p.model.path = str(self._config.model_path)
+        p.model.path = str(self._path)
         p.n_parallel = plan.slots
         p.n_ctx = plan.context_tokens * plan.slots
         p.n_batch = p.n_ubatch = _BATCH
