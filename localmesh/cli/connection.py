@@ -70,9 +70,12 @@ def tls_files(config: Config) -> TlsFiles | None:
     return TlsFiles(cert=tls.cert, key=tls.key, ca=tls.ca)
 
 
-def translate(error: grpc.RpcError, config: Config) -> MeshError:
+def translate(error: Any, config: Config) -> MeshError:
     """Return the failure in the words of this mesh."""
-    return from_rpc_error(error, endpoint=f"the mesh at {config.client.router} and {config.client.registry}")
+    known = (config.client.router, config.client.registry)
+    text = error.details() or ""
+    endpoint = next((address for address in known if address in text), " or ".join(known))
+    return from_rpc_error(error, endpoint=endpoint)
 
 
 def for_model(model: str) -> tuple[tuple[str, str], ...]:

@@ -82,7 +82,8 @@ class Sandbox:
         ports = ("--router-listen", "127.0.0.1:0", "--registry-listen", "127.0.0.1:0")
         models = ("--models-dir", str(MODELS_FOLDER))
         process = self.start("up", *ports, *models, "--drain-seconds", "5", *words, env=env)
-        self.until(lambda: (self.state / "up.json").exists() or process.poll() is not None)
+        # A killed mesh leaves its note behind: wait for the one of this process.
+        self.until(lambda: self.running().get("pid") == process.pid or process.poll() is not None)
         assert process.poll() is None, self.said(process)
         return process
 
@@ -92,7 +93,8 @@ class Sandbox:
 
     def running(self) -> dict[str, Any]:
         """Return what `up` wrote down for commands."""
-        found: dict[str, Any] = json.loads((self.state / "up.json").read_text())
+        note = self.state / "up.json"
+        found: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {}
         return found
 
     @staticmethod

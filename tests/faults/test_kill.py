@@ -20,6 +20,12 @@ async def claims(mesh) -> dict[str, int]:
     return {f"{n.name}/{d.id}": d.claimed_bytes for n in nodes for d in n.devices}
 
 
+async def incarnations(mesh) -> set[str]:
+    """Return the incarnations of live nodes."""
+    nodes = (await mesh.registry.ListNodes(registry_pb.ListNodesRequest(), timeout=10)).nodes
+    return {n.incarnation for n in nodes if n.state == types.NODE_STATE_LIVE}
+
+
 async def consistent(mesh) -> bool:
     """Whether each node's claims are exactly those of the replicas on it."""
     expected: dict[str, int] = {}
@@ -138,14 +144,22 @@ async def test_while_etcd_is_killed_requests_go_on_and_desired_state_is_kept(
 async def test_after_a_throw_away_etcd_the_desired_state_is_applied_again(
     serving_mesh, traffic, etcd_environment
 ) -> None:
-    """F41: the store starts empty; models come back from the registry's folder, nodes register again."""
+    """F4 F41: the store starts empty; models come back from the registry's folder, nodes with what they run."""
     async with serving_mesh(etcd_environment) as mesh:
-        starts = mesh.starts("etcd")
-        mesh.kill("etcd")
-        await mesh.restarted("etcd", after=starts)
-        await mesh.routable("tiny", 2)
+        replicas = [ReplicaId(ModelName("tiny"), NodeName(n), 0) for n in ("alpha", "beta")]
+        before = [await mesh.replica_pid(replica) for replica in replicas]
+        lives = await incarnations(mesh)
         async with traffic(mesh, "tiny") as flow:
+            starts = mesh.starts("etcd")
+            mesh.kill("etcd")
+            await mesh.restarted("etcd", after=starts)
+
+            async def registered_anew() -> bool:
+                return not lives & await incarnations(mesh) and await _two_ready(mesh)
+
+            await mesh.until(registered_anew, seconds=60)
             await flow.more(20)
+        assert [await mesh.replica_pid(replica) for replica in replicas] == before
         await mesh.until(lambda: consistent(mesh))
 
 
@@ -155,14 +169,16 @@ async def test_a_stream_that_breaks_is_never_taken_for_a_whole_one(serving_mesh,
         victim: list[int] = [
             await mesh.replica_pid(ReplicaId(ModelName("tiny"), NodeName(n), 0)) for n in ("alpha", "beta")
         ]
-        request = pb.StreamGenerateRequest(prompt="The", sampling=pb.SamplingOptions(max_tokens=200, temperature=0))
-        stream = mesh.inference.StreamGenerate(request, metadata=for_model("tiny"), timeout=60)
-        first = await stream.read()
-        assert first.text or not first.finish_reason
+        sampling = pb.SamplingOptions(max_tokens=200, temperature=0)
+        request = pb.StreamGenerateRequest(prompt="The function returns", sampling=sampling)
+        pieces = aiter(mesh.inference.StreamGenerate(request, metadata=for_model("tiny"), timeout=60))
+        first = await anext(pieces)
+        assert first.text
+        assert not first.finish_reason
         for pid in victim:
             mesh._signal(pid, 9)
         with pytest.raises(grpc.aio.AioRpcError) as broken:
-            async for _ in stream:
+            async for _ in pieces:
                 pass
         assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
 
