@@ -16,10 +16,11 @@ _LOOK_EVERY_SECONDS: Final = 1.0
 DEFAULT_CHANNEL_OPTIONS: Final[Mapping[str, int]] = MappingProxyType(
     {
         # A ping every 5 s, also on an idle connection. keepalive_timeout alone does not end a connection whose peer is
-        # frozen: gRPC measured 63 s. ping_timeout does, so it is set too.
+        # frozen (63 s were measured); ping_timeout does, so it is set too. It is 5 s because a machine that loads a
+        # model may be slow to answer, and a busy peer must not be taken for a dead one.
         "grpc.keepalive_time_ms": 5_000,
-        "grpc.keepalive_timeout_ms": 2_000,
-        "grpc.http2.ping_timeout_ms": 2_000,
+        "grpc.keepalive_timeout_ms": 5_000,
+        "grpc.http2.ping_timeout_ms": 5_000,
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.max_pings_without_data": 0,
         # A replica that comes back is used within a second.

@@ -244,14 +244,20 @@ _CONNECTION_LOST: Final = re.compile(
 
 def connection_lost(code: Any, details: str, trailers: Iterable[Any]) -> bool:
     """Whether a status means that the connection was refused or broke, not that the peer answered so."""
-    return code is grpc.StatusCode.UNAVAILABLE and not tuple(trailers) and bool(_CONNECTION_LOST.search(details))
+    if tuple(trailers):
+        return False
+    if code is grpc.StatusCode.CANCELLED:
+        # A server that stops resets the calls that outlast its patience, with no other word. What this side cancels
+        # itself reads otherwise.
+        return details == "CANCELLED"
+    return code is grpc.StatusCode.UNAVAILABLE and bool(_CONNECTION_LOST.search(details))
 
 
 def _judge(call: ProxyCall, target: Target, ended: Ended, *, answered: bool, replayable: bool) -> Failure | None:
     """Return what an attempt's end means for the target, or None where it is the caller's own doing."""
-    if ended.code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
-        return None
     lost = connection_lost(ended.code, ended.details, ended.trailers)
+    if not lost and ended.code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+        return None
     if lost:
         who = f"the replica {target.name}" if target.name else "the replica"
         when = "while it answered" if answered else "before it answered"

@@ -586,6 +586,63 @@ async def test_a_connection_that_breaks_after_the_first_message_is_a_replica_los
     assert [(f.lost, f.answered) for f in world.failures] == [(True, True)]
 
 
+@pytest.mark.parametrize("method", ["/t.T/Echo", "/t.T/Repeat", "/t.T/Any"])
+async def test_a_call_that_outlasts_the_patience_of_a_stopping_target_is_sent_elsewhere(
+    world: World, method: str
+) -> None:
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+    stopping = await world.serve(hanging(method, begun, cancelled))
+    service = echo_service()
+    service.methods["/t.T/Any"] = service.methods["/t.T/Echo"]
+    await world.serve(service)
+    async with asyncio.TaskGroup() as tasks:
+        answer = tasks.create_task(first_answer(world, method))
+        async with asyncio.timeout(WAIT):
+            await begun.wait()
+        await stopping.stop(0.05)
+    assert answer.result() == b"x"
+    assert [(type(f.error), f.lost, f.answered) for f in world.failures] == [(ReplicaLost, True, False)]
+
+
+async def first_answer(world: World, method: str) -> bytes:
+    if method == "/t.T/Echo":
+        answer: bytes = await world.caller.unary_unary(method)(b"x", timeout=WAIT)
+        return answer
+    return [message async for message in world.caller.unary_stream(method)(b"x", timeout=WAIT)][0]
+
+
+@pytest.mark.parametrize("grace", [0.0, 0.05])
+async def test_a_stream_that_a_stopping_target_cuts_off_is_a_replica_lost(world: World, grace: float) -> None:
+    service = Service()
+
+    @service.on("/t.T/Repeat", streams=(False, True))
+    async def one_then_hang(request: bytes, context: Any) -> None:
+        await context.write(b"1")
+        await asyncio.Event().wait()
+
+    stopping = await world.serve(service)
+    call = world.caller.unary_stream("/t.T/Repeat")(b"x", timeout=WAIT)
+    assert await call.read() == b"1"
+    await stopping.stop(grace)
+    error = from_rpc_error(await failed(call.read()))
+    assert isinstance(error, ReplicaLost)
+    assert [(f.lost, f.answered) for f in world.failures] == [(True, True)]
+
+
+async def test_a_target_that_says_cancelled_is_not_taken_for_lost(world: World) -> None:
+    service = Service()
+
+    @service.on("/t.T/Echo", streams=(False, False))
+    async def cancelled(request: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.CANCELLED, "the operator cancelled this job")
+        return b""
+
+    await world.serve(service)
+    error = await failed(world.caller.unary_unary("/t.T/Echo")(b"x", timeout=WAIT))
+    assert (error.code(), error.details()) == (grpc.StatusCode.CANCELLED, "the operator cancelled this job")
+    assert len(world.calls) == 1
+
+
 @contextlib.asynccontextmanager
 async def cable(port: int, writers: list[asyncio.StreamWriter]) -> AsyncIterator[int]:
     """A TCP connection that a test can cut."""
