@@ -285,8 +285,10 @@ class Holder:
             presence.task = None
             self._forget_if_unused(presence)
         if presence.count == 0 and presence.taken is not None:
+            # Those who waited for it count themselves in a moment; should they have gone, _tend() sees to it.
             self._idle[presence.replica] = self._clock.monotonic()
-        self._count_changed(presence)
+        else:
+            self._count_changed(presence)
         return None
 
     def _took(self, presence: Presence, replica: ReplicaRecord) -> None:
@@ -353,10 +355,11 @@ class Holder:
     def _release_idle(self) -> None:
         due = self._clock.monotonic() - self._config.linger_seconds
         for replica, since in list(self._idle.items()):
-            if since > due:
-                break
             presence = self._presences.get(replica)
             if presence is None or presence.task is not None:
+                continue
+            if since > due:
+                self._count_changed(presence)
                 continue
             del self._idle[replica]
             if self._tasks is not None:

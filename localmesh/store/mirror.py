@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -83,7 +83,7 @@ class Mirror:
                     return found
                 await pulse.wait()
 
-    async def changes(self) -> AsyncIterator[Snapshot]:
+    async def changes(self) -> AsyncGenerator[Snapshot, None]:
         """Yield the first snapshot, and the newest one whenever its content has changed since the last one yielded.
 
         Changes that come while the consumer is busy are seen as one. Never ends by itself.
