@@ -140,7 +140,6 @@ class RegistryLink:
             len(response.adopted),
             len(response.stop),
         )
-        self._said = ""
 
     async def _beat(self, stub: Any, endpoint: str) -> MeshError:
         self._presence.new_stream()
@@ -195,7 +194,7 @@ class RegistryLink:
                 return from_rpc_error(failure, endpoint=endpoint)
             if response is grpc.aio.EOF:
                 return MeshError(f"{endpoint}: the registry ended the stream: it stops")
-            self._rotation.worked()
+            self._works(endpoint)
             if response.sequence:
                 self._presence.acknowledged(response.sequence)
             self._host.heard(response)
@@ -210,9 +209,17 @@ class RegistryLink:
         pause = self._rotation.failed(rotate=True)
         return max(pause, _REFUSED_SECONDS) if isinstance(error, _REFUSALS) else pause
 
+    def _works(self, endpoint: str) -> None:
+        self._rotation.worked()
+        if self._said:
+            self._said = ""
+            _log.info("the registry %s answers", endpoint)
+
     def _say(self, error: MeshError, endpoint: str) -> None:
+        """Log a failure, once for as long as it stays the same."""
         text = f"{type(error).__name__} {error.message}"
         if text != self._said:
             self._said = text
             level = logging.ERROR if isinstance(error, _REFUSALS) else logging.WARNING
-            _log.log(level, "registry %s: %s", endpoint, error.message)
+            told = error.message if endpoint in error.message else f"{endpoint}: {error.message}"
+            _log.log(level, "no link to the registry %s", told)
