@@ -12,7 +12,6 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 import grpc.aio
 
 from localmesh.etcd.errors import ConnectionTimeoutError, EtcdError, LeaseExpired
@@ -115,7 +114,7 @@ class KeepAlive:
         try:
             await until_one_ends(self._send(call), self._receive(call, endpoint))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise StreamLost(describe(error)) from error
+            raise self._transport.stream_lost(error) from error
         finally:
             call.cancel()
 
@@ -153,19 +152,4 @@ class KeepAlive:
                 continue  # everyone who asked has given up meanwhile
             if not waiting.answer.done():
                 waiting.answer.set_result(Refresh(response.ID, response.TTL, waiting.sent_at))
-        raise StreamLost(await ended_with(call, self._transport))
-
-
-async def ended_with(call: Any, transport: Transport) -> str:
-    """Return why a stream ended, in words; a token that is not taken any more is renewed for the next one."""
-    code, details = await call.code(), await call.details() or ""
-    if code is grpc.StatusCode.UNAUTHENTICATED or "invalid auth token" in details:
-        transport.token_refused(await transport.token())
-    return f"{details or 'ended by the peer'} ({code.name})"
-
-
-def describe(error: BaseException) -> str:
-    """Return what a failed stream operation says."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.details()} ({error.code().name})"
-    return str(error) or type(error).__name__
+        raise StreamLost("ended by the peer")

@@ -266,11 +266,12 @@ class Transport:
         lease_id: int,
     ) -> Any:
         """Return the answer of one try, or the Verdict on its failure."""
+        if self._closed:
+            raise ConnectionFailedError("the etcd client is closed")
         if not may_repeat:
             if not await endpoint.is_connected(limit):
-                return Verdict(
-                    Action.TRY_ELSEWHERE, ConnectionFailedError(f"no connection to etcd at {endpoint.address}")
-                )
+                error = ConnectionFailedError(f"no connection to etcd at {endpoint.address}")
+                return Verdict(Action.TRY_ELSEWHERE, error)
             limit = min(left, self.config.write_timeout_seconds)
         token = await self.token() if method is not AUTHENTICATE else ""
         try:
@@ -294,8 +295,6 @@ class Transport:
                 # Closing a channel cancels its calls, which must not look as if somebody cancelled the caller.
                 raise ConnectionFailedError("the etcd client was closed during a call") from None
             raise
-        except grpc.aio.UsageError:
-            raise ConnectionFailedError("the etcd client is closed") from None
         endpoint.heard()
         self.cluster_id = answer.header.cluster_id
         return answer
@@ -320,6 +319,19 @@ class Transport:
         """Forget a token that etcd did not take, unless there is a newer one already."""
         if self._token == token:
             self._token = None
+
+    def forget_token(self) -> None:
+        """Get a new token before the next call or stream."""
+        self._token = None
+
+    def stream_lost(self, error: Exception) -> StreamLost:
+        """Return the loss that a failed operation on a stream means; a token that etcd refused is forgotten."""
+        if not isinstance(error, grpc.aio.AioRpcError):
+            return StreamLost(str(error) or type(error).__name__)
+        details = error.details() or ""
+        if judge(error.code(), details, may_repeat=True, has_user=True).action is Action.REAUTHENTICATE:
+            self.forget_token()
+        return StreamLost(f"{details} ({error.code().name})")
 
     async def _authenticate(self) -> str:
         request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)

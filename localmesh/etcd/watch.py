@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import grpc.aio
 
 from localmesh.etcd.codec import event as decode_event
@@ -26,7 +25,6 @@ from localmesh.etcd.errors import (
     StoreReset,
     WatchLost,
 )
-from localmesh.etcd.keepalive import describe, ended_with
 from localmesh.etcd.messages import Event, WatchBatch
 from localmesh.etcd.tasks import TaskOwner, until_one_ends
 from localmesh.etcd.transport import STATUS, WATCH, Endpoint, StreamLost, Transport, backoff_steps
@@ -153,7 +151,7 @@ class _Upstream:
             await call.write(pb.WatchRequest(create_request=create))
             await until_one_ends(self._receive(call, endpoint), self._stay_close(call, endpoint))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise StreamLost(describe(error)) from error
+            raise self._transport.stream_lost(error) from error
         finally:
             call.cancel()
 
@@ -171,21 +169,21 @@ class _Upstream:
                 if not response.fragment:  # never resume in the middle of a revision
                     self._advance(tuple(fragments), response.header.revision)
                     fragments.clear()
-        raise StreamLost(await ended_with(call, self._transport))
+        raise StreamLost("ended by the peer")
 
     async def _cancelled(self, response: Any) -> None:
         reason = response.cancel_reason or "cancelled without a reason"
         if response.compact_revision:
             raise RevisionCompactedError(response.compact_revision)
         if "auth" in reason or "user name is empty" in reason:
-            self._transport.token_refused(await self._transport.token())
+            self._transport.forget_token()
             raise StreamLost(reason)
         if "permission denied" in reason:
             if self._denied:
                 raise PermissionDenied("PERMISSION_DENIED", reason)
             # Old servers say the same of a token that has expired: believe it the second time.
             self._denied = True
-            self._transport.token_refused(await self._transport.token())
+            self._transport.forget_token()
             raise StreamLost(reason)
         if "no leader" in reason or "unavailable" in reason.lower():
             raise StreamLost(reason)
