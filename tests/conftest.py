@@ -3,7 +3,11 @@
 import asyncio
 import os
 import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import psutil
@@ -11,6 +15,42 @@ import pytest
 
 from localmesh.etcd import EtcdBinary, EtcdServer, find_etcd, prefix_end
 from localmesh.thirdparty import etcd_pb2 as pb
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Check, when all tests are over, that no process (and so no port) and no temporary file of theirs is left.
+
+    Temporary files of the whole run go into one folder. What the tests start inherits its name, by which it is found.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))  # short, because unix sockets lie below it
+    before = tempfile.tempdir, os.environ.get("TMPDIR")  # noqa: TID251 - children must inherit it
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)  # noqa: TID251 - as above
+    try:
+        yield
+        deadline = time.monotonic() + 20  # noqa: TID251 - a test's own deadline
+        while (processes := _processes_of(folder)) and time.monotonic() < deadline:  # noqa: TID251 - as above
+            time.sleep(0.1)
+        files = [p.name for p in folder.iterdir() if not p.name.startswith("pytest-of-")]
+        assert not processes, f"left behind: {processes}"
+        assert not files, f"left behind in the temporary folder: {files}"
+    finally:
+        tempfile.tempdir = before[0]
+        os.environ.pop("TMPDIR") if before[1] is None else os.environ.update(TMPDIR=before[1])  # noqa: TID251 - as above
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(folder: Path) -> dict[int, str]:
+    marker = f"TMPDIR={folder}".encode()
+    found = {}
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                if any(v.startswith(marker) for v in (process / "environ").read_bytes().split(b"\0")):
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue  # it has ended meanwhile
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +68,7 @@ def etcd_server(etcd_binary: EtcdBinary) -> Iterator[EtcdServer]:
         loop.run_until_complete(server.start())
         try:
             yield server
+            assert not _keys(server.endpoint), "keys left behind in the shared etcd"
         finally:
             loop.run_until_complete(server.stop())
     finally:
@@ -48,10 +89,23 @@ def mesh_name(etcd_endpoint: str) -> Iterator[str]:
     name = f"t{secrets.token_hex(6)}"
     yield name
     prefix = f"/localmesh/{name}/".encode()
-    with grpc.insecure_channel(etcd_endpoint, [("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(etcd_endpoint) as channel:
         delete = channel.unary_unary(
             "/etcdserverpb.KV/DeleteRange",
             pb.DeleteRangeRequest.SerializeToString,
             pb.DeleteRangeResponse.FromString,
         )
         delete(pb.DeleteRangeRequest(key=prefix, range_end=prefix_end(prefix)), timeout=10, wait_for_ready=True)
+
+
+def _keys(endpoint: str) -> list[bytes]:
+    with _channel(endpoint) as channel:
+        read = channel.unary_unary(
+            "/etcdserverpb.KV/Range", pb.RangeRequest.SerializeToString, pb.RangeResponse.FromString
+        )
+        everything = pb.RangeRequest(key=b"\0", range_end=b"\0", keys_only=True)
+        return [kv.key for kv in read(everything, timeout=10, wait_for_ready=True).kvs]
+
+
+def _channel(endpoint: str) -> grpc.Channel:
+    return grpc.insecure_channel(endpoint, [("grpc.enable_http_proxy", 0)])
