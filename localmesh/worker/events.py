@@ -202,8 +202,6 @@ class Held:
     placement: int
     devices: Mapping[DeviceId, int]
     stage: Stage
-    since: float
-    """When the stage began."""
     deadline: float | None = None
     """When a load without progress is given up."""
     pid: int = 0

@@ -37,8 +37,6 @@ class Gpu:
     """None when it cannot be told."""
     unified: bool = False
     """It shares the node's RAM."""
-    utilisation: float | None = None
-    """Part of the last second in which it computed, 0 to 1."""
     process_bytes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     """Bytes by process id, as the driver numbers processes: a container sees the host's numbers."""
 
@@ -91,14 +89,12 @@ class NvmlProbe:
             self._say(f"GPU {index} does not answer: {error}")
             return None
         total, free, unified = _gpu_memory(handle)
-        utilisation = _ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         return Gpu(
             id=DeviceId(uuid),
             name=_text(_ask(lambda: pynvml.nvmlDeviceGetName(handle)) or "NVIDIA GPU"),
             total_bytes=total,
             free_bytes=free,
             unified=unified,
-            utilisation=None if utilisation is None else float(utilisation) / 100,
             process_bytes=MappingProxyType(_gpu_processes(handle)),
         )
 

@@ -70,11 +70,6 @@ class Machine:
         self._shutting_down = False
 
     @property
-    def incarnation(self) -> int:
-        """Incarnation of the last registration, 0 before the first."""
-        return self._incarnation
-
-    @property
     def held(self) -> Mapping[ReplicaId, Held]:
         """What is known of each replica. A live view: not to be kept across `handle`."""
         return self._held
@@ -209,7 +204,6 @@ class Machine:
             placement=wanted.placement,
             devices=wanted.devices,
             stage=Stage.EXITED if outcome else Stage.STARTING,
-            since=now,
             phase_since=now,
             deadline=None if outcome else now + self._config.install_seconds,
             outcome=outcome,
@@ -237,7 +231,7 @@ class Machine:
             return
         held = replace(held, pid=event.pid, weights_bytes=event.weights_bytes)
         if held.stage is Stage.STARTING:
-            held = replace(held, stage=Stage.LOADING, since=now, phase="starting", phase_since=now)
+            held = replace(held, stage=Stage.LOADING, phase="starting", phase_since=now)
             held = replace(held, deadline=now + self._patience(held))
         self._held[held.id] = held
         yield Report(id=held.id)
@@ -269,7 +263,6 @@ class Machine:
                 self._held[held.id] = replace(
                     held,
                     stage=Stage.READY,
-                    since=now,
                     deadline=None,
                     endpoint=ready.endpoint,
                     limit=max(1, ready.limit),
@@ -301,9 +294,7 @@ class Machine:
         yield from self._gone(held, held.outcome or failure, now)
 
     def _gone(self, held: Held, outcome: Outcome, now: float) -> Iterator[Command]:
-        self._held[held.id] = replace(
-            held, stage=Stage.EXITED, since=now, deadline=None, pid=0, in_flight=0, outcome=outcome
-        )
+        self._held[held.id] = replace(held, stage=Stage.EXITED, deadline=None, pid=0, in_flight=0, outcome=outcome)
         yield Report(id=held.id)
         yield from self._reconcile(now)
 
@@ -324,7 +315,7 @@ class Machine:
     def _stop(self, held: Held, outcome: Outcome, now: float) -> Iterator[Command]:
         if held.stage in (Stage.EXITED, Stage.STOPPING):
             return
-        self._held[held.id] = replace(held, stage=Stage.STOPPING, since=now, deadline=None, outcome=outcome)
+        self._held[held.id] = replace(held, stage=Stage.STOPPING, deadline=None, outcome=outcome)
         # what never served has nothing to finish
         yield Stop(id=held.id, drain=held.was_ready)
 

@@ -44,15 +44,6 @@ class PortRange:
         return cls(int(first), int(last or first))
 
 
-def parse_replica_ports(text: str) -> PortRange | None:
-    """Read what an operator says of replica ports: a range, or "0" or nothing for any port.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    return None if text.strip() in ("", "0") else PortRange.parse(text)
-
-
 class PortAllocator:
     """Hands out ports of a range, each to one replica at a time.
 

@@ -25,7 +25,6 @@ class ProcessStat:
     pid: int
     state: str
     """"Z" is a process that ended and was not waited for yet."""
-    parent: int
     group: int
     start_ticks: int
     """When it was started, since boot: with the pid it names one process for ever (until the next boot)."""
@@ -39,9 +38,7 @@ def read_stat(pid: int) -> ProcessStat | None:
         return None
     # the name is in parentheses and may hold anything
     fields = text.rpartition(")")[2].split()
-    return ProcessStat(
-        pid=pid, state=fields[0], parent=int(fields[1]), group=int(fields[2]), start_ticks=int(fields[19])
-    )
+    return ProcessStat(pid=pid, state=fields[0], group=int(fields[2]), start_ticks=int(fields[19]))
 
 
 def command_line(pid: int) -> tuple[str, ...]:

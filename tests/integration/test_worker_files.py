@@ -13,9 +13,11 @@ from cryptography.hazmat.primitives import serialization
 
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ModelSpec
+from localmesh.rpc.authority import CertificateAuthority
 from localmesh.rpc.errors import ConfigError
 from localmesh.worker import engines
-from localmesh.worker.identity import certificate_request, load_or_create
+from localmesh.worker.identity import certificate_identity, certificate_request, load_or_create
+from localmesh.worker.launch import ReplicaFolder
 from localmesh.worker.logs import ReplicaLog
 from localmesh.worker.sources import CatalogItem, SourceBook, SourceProblem, facts, resolve
 
@@ -191,6 +193,31 @@ def test_a_damaged_key_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a private key"):
         load_or_create(tmp_path)
     assert (tmp_path / "node-key.pem").read_text() == "not a key"
+
+
+def test_with_tls_the_node_is_who_its_certificate_says(tmp_path: Path) -> None:
+    """F1."""
+    authority = CertificateAuthority.create(tmp_path / "ca", "test")
+    files = authority.issue_files(tmp_path / "node", "node", "n1")
+    public = x509.load_pem_x509_certificate(files.cert.read_bytes()).public_key()
+    identity = certificate_identity(files.cert, files.key)
+    assert identity.public_key == public.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    with pytest.raises(ConfigError, match="not a PEM certificate"):
+        certificate_identity(files.key, files.key)
+
+
+def test_sockets_have_room_below_a_private_folder_wherever_the_run_folder_is(tmp_path: Path) -> None:
+    """F46."""
+    deep = ReplicaFolder(path=tmp_path.joinpath(*["deep" * 5] * 6))
+    private = deep.prepare()
+    try:
+        assert len(str(private)) < 60
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    finally:
+        deep.clear(private)
+    assert not private.exists()
 
 
 async def lines_of(log: ReplicaLog, tail: int) -> list[str]:
