@@ -40,7 +40,8 @@ ROUTER_SERVICE = "localmesh.v1.RouterService"
 class Router:
     """One router: its server and its tasks.
 
-    Whoever makes it also runs and closes what it is given: mirror, holder and channels.
+    Whoever makes it also runs and closes what it is given: mirror, holder and channels. The channels are its own: it
+    closes those to replicas that are gone, and would cancel what others do with them.
 
     Args:
         config: Settings.
@@ -196,15 +197,13 @@ class Router:
     async def _close_channels(self, snapshot: Snapshot) -> None:
         """Close the channels to replicas that are gone, once nothing of ours runs there."""
         present = {replica.endpoint: replica.id for replica in snapshot.all_replicas() if replica.endpoint}
-        gone = [
-            endpoint
-            for endpoint, replica in self._endpoints.items()
-            if endpoint not in present and not self._load.in_flight(replica)
-        ]
-        self._endpoints = {**self._endpoints, **present}
-        for endpoint in gone:
-            del self._endpoints[endpoint]
-            await self._channels.release(endpoint)
+        gone = {endpoint: replica for endpoint, replica in self._endpoints.items() if endpoint not in present}
+        self._endpoints = gone | present
+        for endpoint, replica in gone.items():
+            # Looked at in the step in which it is closed: closing a channel under a call would cancel the call.
+            if not self._load.in_flight(replica):
+                del self._endpoints[endpoint]
+                await self._channels.release(endpoint)
 
     def _need(self, model: ModelName) -> None:
         try:

@@ -316,6 +316,9 @@ class RouterMesh:
         self.store = store
         self.mirror = mirror
         self.channels = ChannelPool()
+        """The callers' channels."""
+        self.channels_of: dict[Router, ChannelPool] = {}
+        """Each router's own."""
         self._tasks = tasks
         self._node_tasks: dict[str, asyncio.Task[Any]] = {}
         self._router_tasks: dict[Router, asyncio.Task[Any]] = {}
@@ -339,6 +342,7 @@ class RouterMesh:
         config = RouterConfig(
             mesh=self.store.keys.mesh, name=name, server=ServerConfig(drain_seconds=1.0), version="test", **settings
         )
+        channels = ChannelPool()
         mirror = Mirror(self.store)
         holder = Holder(mirror, name, HolderConfig(ttl_seconds=2, linger_seconds=0.3, patience_seconds=0.5))
         router = Router(
@@ -347,17 +351,18 @@ class RouterMesh:
             mirror=mirror,
             holder=holder,
             election=LeaderElection(self.store, name, ttl_seconds=ttl_seconds),
-            channels=self.channels,
+            channels=channels,
             clock=CLOCK,
         )
 
         async def run() -> None:
-            async with asyncio.TaskGroup() as parts:
+            async with channels, asyncio.TaskGroup() as parts:
                 parts.create_task(mirror.run())
                 parts.create_task(holder.run())
                 parts.create_task(router.run())
 
         self._router_tasks[router] = self._tasks.start(run())
+        self.channels_of[router] = channels
         async with asyncio.timeout(10):
             await router.started.wait()
             await mirror.loaded()

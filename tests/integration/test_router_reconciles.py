@@ -58,12 +58,12 @@ async def test_a_deleted_model_is_unloaded_and_unknown(etcd_endpoint: str, mesh_
         await eventually(mesh.mirror, lambda s: ready(s, "tiny"))
         await mesh.call(router, "tiny")
         (replica,) = node.replicas.values()
-        assert replica.endpoint in repr(mesh.channels)
+        assert replica.endpoint in repr(mesh.channels_of[router])
         await mesh.store.delete_model(model)
         snapshot = await eventually(mesh.mirror, lambda s: model not in s.models and not list(s.replicas_of(model)))
         assert node.replicas == {}
         async with asyncio.timeout(10):
-            while replica.endpoint in repr(mesh.channels):  # noqa: ASYNC110 - nobody else keeps the connection
+            while replica.endpoint in repr(mesh.channels_of[router]):  # noqa: ASYNC110 - nobody else keeps the connection
                 await asyncio.sleep(0.01)
         assert snapshot.devices[node.name]["cpu"].claimed_bytes == 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:
