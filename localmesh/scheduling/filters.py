@@ -7,17 +7,19 @@ is missing.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from localmesh.core.errors import EngineUnavailable, NoCapacity, NoNodes, PlacementFailed, SourceMissing
 from localmesh.core.ids import NodeName, ReplicaId
 from localmesh.core.records import DeviceRecord, EngineInfo, ModelRecord, NodeRecord, Policy, SourceRecord
 from localmesh.core.snapshot import Snapshot
 
+_NO_INDICES: frozenset[int] = frozenset()
 _GIB = 1 << 30
 _MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: what several filters ask for is worked out once
 class Question:
     """What is to be placed, and on what."""
 
@@ -47,9 +49,21 @@ class Question:
         source = self.source(name)
         return source.memory_bytes if source is not None else 0
 
-    def indices(self, name: NodeName) -> set[int]:
+    @cached_property
+    def replica_count(self) -> int:
+        """Number of the model's replicas, in whatever state they are."""
+        return sum(1 for _ in self.snapshot.replicas_of(self.model.spec.name))
+
+    def indices(self, name: NodeName) -> frozenset[int]:
         """Return the indices that the model's replicas occupy on a node, in whatever state they are."""
-        return {r.id.index for r in self.snapshot.replicas_of(self.model.spec.name) if r.id.node == name}
+        return self._indices.get(name, _NO_INDICES)
+
+    @cached_property
+    def _indices(self) -> Mapping[NodeName, frozenset[int]]:
+        found: dict[NodeName, set[int]] = {}
+        for replica in self.snapshot.replicas_of(self.model.spec.name):
+            found.setdefault(replica.id.node, set()).add(replica.id.index)
+        return {node: frozenset(indices) for node, indices in found.items()}
 
     def kinds(self, name: NodeName) -> tuple[str, ...]:
         """Return the kinds of device that both the engine and the spec allow on a node, the better ones first."""
@@ -58,13 +72,19 @@ class Question:
         wanted = self.model.spec.device_kind
         return tuple(kind for kind in ("gpu", "cpu") if kind in allowed and wanted in ("", kind))
 
-    def devices(self, name: NodeName) -> list[DeviceRecord]:
-        """Return the node's devices of those kinds, the better kinds first, then those with more free memory."""
-        kinds = self.kinds(name)
-        found = [d for d in self.snapshot.devices.get(name, {}).values() if d.kind in kinds]
-        return sorted(found, key=lambda d: (kinds.index(d.kind), -self.free_bytes(d), d.id))
+    def devices(self, name: NodeName) -> list[tuple[DeviceRecord, int]]:
+        """Return the node's devices of those kinds with what is free, the better kinds first, then the more free."""
+        if name not in self._devices:
+            kinds = self.kinds(name)
+            found = ((d, self._free_bytes(d)) for d in self.snapshot.devices.get(name, {}).values() if d.kind in kinds)
+            self._devices[name] = sorted(found, key=lambda df: (kinds.index(df[0].kind), -df[1], df[0].id))
+        return self._devices[name]
 
-    def free_bytes(self, device: DeviceRecord) -> int:
+    @cached_property
+    def _devices(self) -> dict[NodeName, list[tuple[DeviceRecord, int]]]:
+        return {}
+
+    def _free_bytes(self, device: DeviceRecord) -> int:
         """Return what can be claimed on a device.
 
         That is what is unclaimed of its budget, or what was measured to be free if that is less. The measurement does
@@ -107,6 +127,8 @@ def _usable(question: Question, node: NodeName) -> str | None:
 
 
 def _selector(question: Question, node: NodeName) -> str | None:
+    if not question.policy.node_selector:
+        return None
     labels = effective_labels(question.snapshot, node)
     for key, value in sorted(question.policy.node_selector.items()):
         if key not in labels:
@@ -151,9 +173,8 @@ def _source_known(question: Question, node: NodeName) -> str | None:
 
 def _maximum(question: Question, node: NodeName) -> str | None:  # noqa: ARG001 - the same for every node
     limit = question.policy.max_replicas
-    present = sum(1 for _ in question.snapshot.replicas_of(question.model.spec.name))
-    if limit and present >= limit:
-        return f"is not asked: the model has {present} of at most {limit} replicas"
+    if limit and question.replica_count >= limit:
+        return f"is not asked: the model has {question.replica_count} of at most {limit} replicas"
     return None
 
 
@@ -174,12 +195,9 @@ def _failure(question: Question, node: NodeName) -> str | None:
 def _memory(question: Question, node: NodeName) -> str | None:
     needed = question.needed_bytes(node)
     devices = question.devices(node)
-    if any(question.free_bytes(d) >= needed for d in devices):
+    if any(free >= needed for _, free in devices):
         return None
-    free = ", ".join(
-        f"{d.id} has {human_bytes(max(0, question.free_bytes(d)))} free of {human_bytes(d.budget_bytes)}"
-        for d in devices
-    )
+    free = ", ".join(f"{d.id} has {human_bytes(max(0, n))} free of {human_bytes(d.budget_bytes)}" for d, n in devices)
     return f"lacks memory: {human_bytes(needed)} needed, {free}"
 
 

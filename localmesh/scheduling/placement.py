@@ -44,7 +44,7 @@ def plan_placement(
         EngineUnavailable: No node has the engine; the message says what to install.
         SourceMissing: No node that has the engine has the model's file; the message names the path on each.
         NoCapacity: Anything else; the message says for every node what it lacks. With `retry_after_seconds` the
-            reason passes by itself: a node has not yet looked whether it has the file.
+            reason may pass by itself: a node has not yet looked whether it has the file.
     """
     record = snapshot.models.get(model)
     if record is None:
@@ -66,7 +66,8 @@ def plan_placement(
 
 def _option(question: Question, node: NodeName) -> Option:
     needed = question.needed_bytes(node)
-    return Option(node=node, device=next(d for d in question.devices(node) if question.free_bytes(d) >= needed))
+    device, free = next((d, free) for d, free in question.devices(node) if free >= needed)
+    return Option(node=node, device=device, free_bytes=free)
 
 
 def _failure(question: Question, verdicts: Sequence[Verdict]) -> PlacementFailed:
@@ -79,7 +80,7 @@ def _failure(question: Question, verdicts: Sequence[Verdict]) -> PlacementFailed
     more = f"; and {len(verdicts) - len(shown)} more nodes" if len(verdicts) > len(shown) else ""
     return furthest.error(
         f"the model {spec.name!r} cannot be placed: {'; '.join(map(str, shown))}{more}",
-        retry_after_seconds=_SOON_SECONDS if furthest.passes_by_itself else None,
+        retry_after_seconds=_SOON_SECONDS if any(v.failed and v.failed.passes_by_itself for v in verdicts) else None,
         model=spec.name,
         engine=spec.backend,
         source=spec.source,

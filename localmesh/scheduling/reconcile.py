@@ -5,8 +5,9 @@ carries it out may stop in the middle, meet a conflict, or die: the next plan be
 that are on their way count as if they were there, so that waiting for one never places another.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from localmesh.core.errors import NoCapacity, PlacementFailed
@@ -15,6 +16,8 @@ from localmesh.core.records import ModelRecord, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import with_placement, without_replica
 from localmesh.scheduling.placement import PlacementPlan, plan_placement
+
+_MORE_SECONDS = 1.0
 
 Life = tuple[NodeName, int]
 """One life of a node: its name and incarnation."""
@@ -28,6 +31,9 @@ class ReconcileConfig:
     """A node that has been away for this long is replaced."""
     max_coming_per_model: int = 4
     """Replicas of one model that may be loading at once on the reconciler's account."""
+    max_searches: int = 32
+    """Models that one plan looks for a place for. The others' turn comes with the next: planning holds up the process
+    that it runs in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,8 @@ class ReconcileState:
 
     absent_since: Mapping[Life, float] = field(default_factory=lambda: MappingProxyType({}))
     """When a life of a node that replicas belong to was first seen to be over, on the caller's clock."""
+    resume_after: str = ""
+    """Model at which the last plan stopped looking for places; empty when it got through."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +104,17 @@ def reconcile(snapshot: Snapshot, *, now: float, state: ReconcileState, config: 
     """
     config = config or ReconcileConfig()
     absent = _absent_since(snapshot, now=now, before=state.absent_since)
-    after = ReconcileState(absent_since=absent)
     if snapshot.guarded:
-        return Plan(actions=(), state=after)
+        return Plan(actions=(), state=replace(state, absent_since=absent))
     over = {life for life, since in absent.items() if now - since >= config.dead_after_seconds}
     waits = [since + config.dead_after_seconds - now for life, since in absent.items() if life not in over]
     planner = _Planner(snapshot, over=over, config=config)
-    planner.run()
+    resume_after = planner.run(state.resume_after)
+    if resume_after:
+        waits.append(_MORE_SECONDS)
     return Plan(
         actions=tuple(planner.actions),
-        state=after,
+        state=ReconcileState(absent_since=absent, resume_after=resume_after),
         unplaced=MappingProxyType(planner.unplaced),
         wake_after_seconds=min(waits, default=None),
     )
@@ -130,51 +139,63 @@ class _Planner:
             r.id for r in snapshot.all_replicas() if not snapshot.present(r) and (r.id.node, r.incarnation) in over
         )
 
-    def run(self) -> None:
-        for name in sorted({*self._actual.models, *self._actual.replicas}):
-            replicas = sorted(self._actual.replicas_of(name), key=lambda r: r.id)
-            unknown = [r for r in replicas if r.id in self._dead and r.id.node in self._actual.nodes]
-            self._forget(unknown, why="its node has registered again without it")
-            self._finish_draining(replicas)
-            model = self._actual.models.get(name)
-            if model is None:
-                self._stop([r for r in replicas if self._stoppable(r)], why="its model was deleted")
-            else:
-                self._model(model, replicas)
+    def run(self, resume_after: str) -> str:
+        """Plan; return the model to resume after, empty when nothing is left to look for."""
+        names = sorted({*self._actual.models, *self._actual.replicas})
+        wanting = [name for name in names if self._end_what_is_not_wanted(name)]
+        # From where the last plan stopped, and round: no model waits behind others that fit nowhere.
+        begin = bisect_right(wanting, resume_after)
+        turn = [*wanting[begin:], *wanting[:begin]]
+        for name in turn[: self._config.max_searches]:
+            self._get_one(name)
+        return turn[self._config.max_searches - 1] if len(turn) > self._config.max_searches else ""
 
-    def _model(self, model: ModelRecord, replicas: Sequence[ReplicaRecord]) -> None:
-        live = [r for r in replicas if self._counts(r)]
-        new = [r for r in live if r.revision == model.revision]
-        old = [r for r in live if r.revision != model.revision]
+    def _end_what_is_not_wanted(self, name: ModelName) -> bool:
+        """Plan what ends replicas of a model; return whether it wants another one."""
+        replicas = self._replicas(name)
+        unknown = [r for r in replicas if r.id in self._dead and r.id.node in self._actual.nodes]
+        self._forget(unknown, why="its node has registered again without it")
+        self._finish_draining(replicas)
+        model = self._actual.models.get(name)
+        if model is None:
+            self._stop([r for r in replicas if self._stoppable(r)], why="its model was deleted")
+            return False
+        old, new = self._live(model)
         self._stop(list(self._superseded(model, old, new)), why=f"revision {model.revision} replaces it")
         self._stop(self._surplus(model, old, new), why="the model has more replicas than its maximum")
-        dead = [r for r in replicas if r.id in self._dead]
-        policy = self._actual.policy(model.spec.name)
-        wanted = max(policy.min_replicas, len(old), 1 if dead and not live else 0)
+        lost = not old and not new and any(r.id in self._dead for r in replicas)
+        wanted = max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0)
         coming = sum(1 for r in new if r.state.coming)
-        if len(new) >= wanted or coming >= self._config.max_coming_per_model:
-            return
-        if dead and policy.max_replicas and len(replicas) >= policy.max_replicas:
+        return len(new) < wanted and coming < self._config.max_coming_per_model
+
+    def _get_one(self, name: ModelName) -> None:
+        """Plan another replica of a model."""
+        replicas, most = self._replicas(name), self._actual.policy(name).max_replicas
+        dead = [r for r in replicas if r.id in self._dead]
+        if dead and most and len(replicas) >= most:
             # Never more records than the maximum: the dead one's place is taken from it before it is given away.
             self._forget(dead[-1:], why="it is replaced")
         else:
-            self._place(model, replicas, old=old, new=new)
+            self._place(self._actual.models[name])
 
-    def _place(
-        self,
-        model: ModelRecord,
-        replicas: Sequence[ReplicaRecord],
-        *,
-        old: Sequence[ReplicaRecord],
-        new: Sequence[ReplicaRecord],
-    ) -> None:
+    def _replicas(self, name: ModelName) -> list[ReplicaRecord]:
+        return sorted(self._actual.replicas_of(name), key=lambda r: r.id)
+
+    def _live(self, model: ModelRecord) -> tuple[list[ReplicaRecord], list[ReplicaRecord]]:
+        """Return the replicas that serve or will, of old revisions and of the present one."""
+        live = [r for r in self._replicas(model.spec.name) if self._counts(r)]
+        old = [r for r in live if r.revision != model.revision]
+        return old, [r for r in live if r.revision == model.revision]
+
+    def _place(self, model: ModelRecord) -> None:
         name = model.spec.name
         try:
             plan = plan_placement(self._assumed, name)
         except PlacementFailed as error:
             self.unplaced[name] = error
+            old, new = self._live(model)
             if isinstance(error, NoCapacity) and not new:
-                self._make_room(model, replicas, old)
+                self._make_room(model, old)
             return
         # A second claim on a device conflicts with the first: the node's turn comes again with the next snapshot.
         if plan.replica.node not in self._used_nodes:
@@ -182,9 +203,9 @@ class _Planner:
             self.actions.append(Place(plan=plan))
         self._assumed = with_placement(self._assumed, plan)
 
-    def _make_room(self, model: ModelRecord, replicas: Sequence[ReplicaRecord], old: Sequence[ReplicaRecord]) -> None:
+    def _make_room(self, model: ModelRecord, old: Sequence[ReplicaRecord]) -> None:
         """Replace a replica of the old revision in place, where the two do not fit side by side."""
-        stopped = self._stopped()
+        stopped, replicas = self._stopped(), self._replicas(model.spec.name)
         if any((r.state.leaving and r.id not in self._dead) or r.id in stopped for r in replicas):
             return  # room is on its way
         for replica in sorted((r for r in old if self._stoppable(r)), key=lambda r: (-r.id.index, r.id)):

@@ -17,6 +17,8 @@ class Option:
 
     node: NodeName
     device: DeviceRecord
+    free_bytes: int
+    """What can be claimed on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,8 @@ def _fewest_of_model(question: Question, option: Option) -> int:
     return len(question.indices(option.node))
 
 
-def _most_free_memory(question: Question, option: Option) -> int:
-    return -question.free_bytes(option.device)
+def _most_free_memory(question: Question, option: Option) -> int:  # noqa: ARG001 - all scorers are called alike
+    return -option.free_bytes
 
 
 SCORERS: tuple[Scorer, ...] = (

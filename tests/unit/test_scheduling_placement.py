@@ -277,6 +277,13 @@ def test_a_node_that_has_not_looked_for_the_file_yet_is_worth_another_try_soon(s
     assert caught.value.retry_after_seconds == 1.0
 
 
+def test_it_is_worth_another_try_also_when_another_node_came_further() -> None:
+    state = with_device(with_source(mesh("a", "b"), "a", None), device("b", budget=1))
+    with pytest.raises(NoCapacity, match="b lacks memory") as caught:
+        plan_placement(state, M)
+    assert caught.value.retry_after_seconds == 1.0
+
+
 def test_a_full_slot_is_not_taken_twice() -> None:
     """F18, F32."""
     state = mesh("a")

@@ -340,6 +340,20 @@ def test_models_that_want_the_same_node_take_turns() -> None:
     assert kinds(plan(apply(state, first.actions))) == [("Place", "n/n0/0")]
 
 
+def test_models_that_fit_nowhere_do_not_starve_others() -> None:
+    """F34."""
+    state = mesh(1)
+    for i in range(7):
+        state = add_model(state, f"big{i}", revision="r1", policy=Policy(min_replicas=1), memory=1000)
+    state = add_model(state, "small", revision="r1", policy=Policy(min_replicas=1))
+    config = ReconcileConfig(max_searches=3)
+    first = reconcile(state, now=0.0, state=NOTHING, config=config)
+    assert (first.actions, len(first.unplaced), first.wake_after_seconds) == ((), 3, 1.0)
+    second = reconcile(state, now=1.0, state=first.state, config=config)
+    third = reconcile(state, now=2.0, state=second.state, config=config)
+    assert kinds(third) == [("Place", "small/n0/0")]
+
+
 MODELS = st.sampled_from(["m0", "m1", "m2"])
 NODES = st.sampled_from(["n0", "n1", "n2"])
 POLICIES = st.builds(
@@ -357,6 +371,7 @@ class Fleet(RuleBasedStateMachine):
         super().__init__()
         self.snapshot = Snapshot()
         self.state = ReconcileState()
+        self.config = ReconcileConfig(max_searches=2)
         self.now = 0.0
         self.incarnations = 0
 
@@ -422,8 +437,8 @@ class Fleet(RuleBasedStateMachine):
     def tick(self, seconds: float) -> None:
         self.now += seconds
         before = self.snapshot
-        result = reconcile(before, now=self.now, state=self.state)
-        again = reconcile(before, now=self.now, state=self.state)
+        result = reconcile(before, now=self.now, state=self.state, config=self.config)
+        again = reconcile(before, now=self.now, state=self.state, config=self.config)
         assert (again.actions, again.state, [*again.unplaced]) == (result.actions, result.state, [*result.unplaced])
         self.check(before, result)
         self.snapshot, self.state = apply(before, result.actions), result.state
@@ -431,12 +446,14 @@ class Fleet(RuleBasedStateMachine):
     @rule()
     def settle(self) -> None:
         """With nothing happening in between, plans come to an end."""
-        for _ in range(40):
-            result = reconcile(self.snapshot, now=self.now, state=self.state)
+        idle = 0
+        for _ in range(60):
+            result = reconcile(self.snapshot, now=self.now, state=self.state, config=self.config)
             self.check(self.snapshot, result)
-            if not result.actions:
-                return
             self.snapshot, self.state = apply(self.snapshot, result.actions), result.state
+            idle = 0 if result.actions else idle + 1
+            if idle == 3:  # three models, two looked at in each plan: all had their turn
+                return
         raise AssertionError(f"the plan never ends: {kinds(result)}")
 
     def check(self, before: Snapshot, result: Plan) -> None:
