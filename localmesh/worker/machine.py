@@ -130,7 +130,7 @@ class Machine:
     def _dispatch(self, event: Event, now: float) -> Iterator[Command]:
         match event:
             case Registered():
-                yield from self._registered(event, now)
+                yield from self._registered(event)
             case WantedArrived():
                 yield from self._wanted_arrived(event, now)
             case ExitsTaken():
@@ -148,17 +148,17 @@ class Machine:
             case ShutDown():
                 self._shutting_down = True
                 for held in list(self._held.values()):
-                    yield from self._stop(held, Outcome(message="the worker stops"), now)
+                    yield from self._stop(held, Outcome(message="the worker stops"))
             case _:
                 assert_never(event)
 
-    def _registered(self, event: Registered, now: float) -> Iterator[Command]:
+    def _registered(self, event: Registered) -> Iterator[Command]:
         # a new incarnation may be of another store: revisions of the old one mean nothing in it
         self._incarnation = event.incarnation
         self._wanted, self._wanted_revision = {}, 0
         for held in list(self._held.values()):
             if held.id in event.stop:
-                yield from self._stop(held, Outcome(message="not wanted any more"), now)
+                yield from self._stop(held, Outcome(message="not wanted any more"))
             elif held.taken_at is not None:
                 del self._held[held.id]
 
@@ -183,7 +183,7 @@ class Machine:
             if known is None or (known.stage is Stage.EXITED and known.placement != wanted.placement):
                 yield from self._begin(wanted, now)
             elif known.stage not in (Stage.EXITED, Stage.STOPPING):
-                yield from self._continue(known, wanted, now)
+                yield from self._continue(known, wanted)
 
     def _begin(self, wanted: Wanted, now: float) -> Iterator[Command]:
         """Take a placement in that has no process."""
@@ -213,14 +213,14 @@ class Machine:
             yield Start(id=wanted.id, revision=wanted.revision, spec=wanted.spec, devices=wanted.devices)
         yield Report(id=wanted.id)
 
-    def _continue(self, held: Held, wanted: Wanted, now: float) -> Iterator[Command]:
+    def _continue(self, held: Held, wanted: Wanted) -> Iterator[Command]:
         """Compare a replica that has a process with what is wanted of it."""
         if wanted.state is ReplicaState.UNLOADING:
             self._held[held.id] = held = replace(held, placement=wanted.placement)
-            yield from self._stop(held, Outcome(), now)
+            yield from self._stop(held, Outcome())
         elif wanted.revision != held.revision or wanted.devices.keys() != held.devices.keys():
             # the name was given away meanwhile: that life begins when this one has ended
-            yield from self._stop(held, Outcome(message="the node was given another placement of this name"), now)
+            yield from self._stop(held, Outcome(message="the node was given another placement of this name"))
         elif wanted.placement != held.placement:
             self._held[held.id] = replace(held, placement=wanted.placement)
             yield Report(id=held.id)
@@ -271,7 +271,7 @@ class Machine:
                 )
             case FailedEvent() as failed:
                 outcome = Outcome(reason=_load_reason(failed.reason), message=failed.message, while_loading=True)
-                yield from self._stop(held, outcome, now)
+                yield from self._stop(held, outcome)
                 return
             case _:
                 assert_never(event.event)
@@ -306,13 +306,13 @@ class Machine:
                     message=f"made no progress for {self._patience(held):.0f} s while {held.phase}, and was stopped",
                     while_loading=True,
                 )
-                yield from self._stop(held, outcome, now)
+                yield from self._stop(held, outcome)
             elif held.taken_at is not None and now - held.taken_at >= _TAKEN_BUT_SHOWN_SECONDS:
                 # taken, they say, but the store still shows it
                 self._held[held.id] = replace(held, taken_at=None)
                 yield Report(id=held.id)
 
-    def _stop(self, held: Held, outcome: Outcome, now: float) -> Iterator[Command]:
+    def _stop(self, held: Held, outcome: Outcome) -> Iterator[Command]:
         if held.stage in (Stage.EXITED, Stage.STOPPING):
             return
         self._held[held.id] = replace(held, stage=Stage.STOPPING, deadline=None, outcome=outcome)
