@@ -45,7 +45,8 @@ def say(text: str) -> None:
 
 
 def write_error(message: str, hint: str = "") -> None:
-    """Tell a person what went wrong and what to do next."""
+    """Tell a person what went wrong and what to do next, where the message itself does not name a command."""
+    hint = "" if "`localmesh " in message else hint
     sys.stderr.write(f"localmesh: {message}\n" + (f"{hint}\n" if hint else ""))
 
 

@@ -9,6 +9,8 @@ from localmesh.v1 import types_pb2 as pb
 
 def describe(replica: pb.Replica) -> str:
     """Return one sentence on what a replica that is not ready yet does."""
+    if not replica.ref.node:
+        return "finding a node"
     state = pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower()
     progress = replica.progress
     text = f"loading {replica.ref.model} on {replica.ref.node}: {progress.phase or state}"

@@ -66,6 +66,10 @@ def test_progress_without_numbers_tells_the_state() -> None:
     assert describe(replica) == "loading m on n: placed"
 
 
+def test_progress_before_there_is_a_replica() -> None:
+    assert describe(pb.Replica()) == "finding a node"
+
+
 def test_progress_into_a_file_is_a_line_for_each_change() -> None:
     out = io.StringIO()
     with ProgressLine(out) as line:
