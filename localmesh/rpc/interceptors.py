@@ -28,8 +28,8 @@ _MAKERS: Final[dict[tuple[bool, bool], Any]] = {
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
     """Runs `around` around every call, of whichever kind.
 
-    A handler that is neither a coroutine function nor an async generator function is passed on untouched: it would run
-    in a thread, and no servicer of ours is one.
+    A handler that is neither a coroutine function nor an async generator function is refused: grpc would run it in a
+    thread, outside of `around`, and so past the check of the caller's identity.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         elif inspect.iscoroutinefunction(behaviour):
             wrapped = self._around_coroutine(behaviour, method)
         else:
-            return handler
+            raise TypeError(f"{method} is served by neither a coroutine nor an async generator function")
         make = _MAKERS[handler.request_streaming, handler.response_streaming]
         return make(
             wrapped,
@@ -219,4 +219,4 @@ def _checking(behaviour: Any) -> Any:
             return await behaviour(request, context)
 
         return call
-    return behaviour
+    return behaviour  # refused where it is wrapped

@@ -182,10 +182,12 @@ async def test_a_servicers_own_abort_passes_unchanged(pool: ChannelPool, server:
 async def test_a_caller_that_leaves_cancels_the_servicer_and_is_no_error(
     pool: ChannelPool, server: GrpcServer, servicer: Inference, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for call in (
-        stub(pool, server).Generate(pb.GenerateRequest(model="wait")),
-        stub(pool, server).StreamGenerate(pb.StreamGenerateRequest(model="wait")),
+    inference = stub(pool, server)
+    for start in (
+        lambda: inference.Generate(pb.GenerateRequest(model="wait")),
+        lambda: inference.StreamGenerate(pb.StreamGenerateRequest(model="wait")),
     ):
+        call = start()
         async with asyncio.timeout(WAIT):
             if isinstance(call, grpc.aio.UnaryStreamCall):
                 await call.read()
@@ -195,6 +197,21 @@ async def test_a_caller_that_leaves_cancels_the_servicer_and_is_no_error(
         servicer.begun.clear()
         servicer.cancelled.clear()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_servicer_that_is_not_asyncio_is_refused_instead_of_run_unchecked(pool: ChannelPool) -> None:
+    ran = []
+
+    class Threaded(stubs.InferenceServiceServicer):
+        def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:  # type: ignore[override]
+            ran.append(request)
+            return pb.GenerateResponse()
+
+    server = GrpcServer(ServerConfig(), name="threaded")
+    server.add(stubs.add_InferenceServiceServicer_to_server, Threaded(), SERVICE)
+    async with server:
+        await failed(stub(pool, server).Generate(pb.GenerateRequest(), timeout=WAIT))
+    assert not ran
 
 
 async def test_an_unknown_method_is_refused_with_a_reason(pool: ChannelPool, server: GrpcServer) -> None:
