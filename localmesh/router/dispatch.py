@@ -113,6 +113,10 @@ class Dispatcher:
         """Return how many requests wait for the model."""
         return len(self._queues.get(model, ()))
 
+    def shortage(self, model: ModelName) -> Shortage | None:
+        """Return why a new request would have to wait; None if it would not."""
+        return self._choose(self._snapshot(), model, Attempts()).shortage
+
     async def assign(self, model: ModelName, attempts: Attempts, *, deadline: float) -> Slot:
         """Return a slot on the best replica, as soon as there is one.
 

@@ -4,12 +4,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from localmesh.balancing import Shortage
 from localmesh.core.clock import Clock
-from localmesh.core.errors import Conflict, MeshError, Overloaded
+from localmesh.core.errors import Conflict, MeshError, Overloaded, ReplicaLost
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ReplicaRecord
 from localmesh.router.dispatch import Attempts, Dispatcher, Slot
-from localmesh.router.views import is_routable, require_model, still_loading
+from localmesh.router.views import require_model, still_loading
 from localmesh.store.holder import Hold, Holder
 from localmesh.store.mirror import Mirror
 
@@ -75,6 +76,7 @@ class Routing:
         Raises:
             ModelLoading: None was ready before the caller's patience ended.
             Overloaded: Each was at its limit until then, or too many wait already.
+            ReplicaLost: None could be reached until then.
             PlacementFailed: None can be loaded now.
             LoadFailed: One could not be loaded.
             StoreUnavailable: One would have to be loaded, and the store is away.
@@ -120,8 +122,15 @@ class Routing:
     def _out_of_patience(self, model: ModelName) -> MeshError:
         snapshot = self._mirror.snapshot
         require_model(snapshot, model)
-        if not is_routable(snapshot, model):
+        shortage = self._dispatcher.shortage(model)
+        if shortage is Shortage.NO_REPLICA:
             return still_loading(snapshot, model)
+        if shortage is Shortage.EJECTED:
+            return ReplicaLost(
+                f"no replica of the model {model!r} can be reached; the router's log says why. Try again later.",
+                retry_after_seconds=5.0,
+                replica=model,
+            )
         return Overloaded(
             f"every replica of the model {model!r} was at its limit for as long as a caller is held. Try again later,"
             " or let the model have more replicas.",

@@ -27,6 +27,7 @@ from localmesh.router.node import Router
 from localmesh.rpc.channels import ChannelPool
 from localmesh.rpc.metadata import MODEL, REPLICA, REVISION, SERVED_BY_REPLICA, first
 from localmesh.rpc.server import GrpcServer, ServerConfig
+from localmesh.rpc.tls import TlsFiles
 from localmesh.store.holder import Holder, HolderConfig
 from localmesh.store.leader import LeaderElection
 from localmesh.store.membership import LeaseTimes
@@ -41,7 +42,9 @@ CLOCK = SystemClock()
 class FakeReplica(grpc.GenericRpcHandler):  # type: ignore[misc]
     """A replica that echoes bytes: any method, and refuses what a replica refuses."""
 
-    def __init__(self, replica: ReplicaId, revision: str, *, limit: int, gate: asyncio.Event) -> None:
+    def __init__(
+        self, replica: ReplicaId, revision: str, *, limit: int, gate: asyncio.Event, tls: TlsFiles | None = None
+    ) -> None:
         self.id = replica
         self.revision = revision
         self.limit = limit
@@ -51,7 +54,8 @@ class FakeReplica(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.refused = 0
         self.most = 0
         self._gate = gate
-        self._server = GrpcServer(ServerConfig(drain_seconds=2.0), name=str(replica), generic_handlers=[self])
+        config = ServerConfig(drain_seconds=2.0, tls=tls)
+        self._server = GrpcServer(config, name=str(replica), generic_handlers=[self])
 
     @property
     def endpoint(self) -> str:
@@ -134,6 +138,7 @@ class FakeNode:
         endpoint: str = "127.0.0.1:1",
         presence_seconds: int = 2,
         lacks: tuple[str, ...] = (),
+        tls: TlsFiles | None = None,
     ) -> None:
         self.name = NodeName(name)
         self.replicas: dict[ReplicaId, FakeReplica] = {}
@@ -152,6 +157,7 @@ class FakeNode:
         self._endpoint = endpoint
         self._presence_seconds = presence_seconds
         self._lacks = lacks
+        self._tls = tls
         self._told: dict[ModelName, str] = {}
         self._handled: set[tuple[ReplicaId, int, ReplicaState]] = set()
         self._registered: Registered | None = None
@@ -240,7 +246,7 @@ class FakeNode:
                 )
                 await self._store.exited(replica, failure=failure, failure_ttl_seconds=5)
                 return
-            fake = FakeReplica(replica.id, replica.revision, limit=self._limit, gate=self.open_gate)
+            fake = FakeReplica(replica.id, replica.revision, limit=self._limit, gate=self.open_gate, tls=self._tls)
             await fake.start()
             self.replicas[replica.id] = fake
             await self._store.report(
@@ -335,14 +341,20 @@ class RouterMesh:
         """End a node and its replicas, without a word to anybody."""
         await self._tasks.kill(self._node_tasks[node.name])
 
-    async def router(self, name: str = "router", *, ttl_seconds: int = 2, **settings: Any) -> Router:
+    async def router(
+        self, name: str = "router", *, ttl_seconds: int = 2, tls: TlsFiles | None = None, **settings: Any
+    ) -> Router:
         """Add a router, with a view and a holder of its own, and wait until it serves."""
         settings.setdefault("reconcile_interval_seconds", 0.2)
         settings.setdefault("health_interval_seconds", 0.05)
         config = RouterConfig(
-            mesh=self.store.keys.mesh, name=name, server=ServerConfig(drain_seconds=1.0), version="test", **settings
+            mesh=self.store.keys.mesh,
+            name=name,
+            server=ServerConfig(drain_seconds=1.0, tls=tls),
+            version="test",
+            **settings,
         )
-        channels = ChannelPool()
+        channels = ChannelPool(tls)
         mirror = Mirror(self.store)
         holder = Holder(mirror, name, HolderConfig(ttl_seconds=2, linger_seconds=0.3, patience_seconds=0.5))
         router = Router(
