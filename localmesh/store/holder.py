@@ -9,11 +9,12 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from localmesh.core.errors import Conflict, MeshError
+from localmesh.core.errors import Conflict, MeshError, StoreUnavailable
 from localmesh.core.ids import HolderId, ReplicaId
 from localmesh.core.records import ReplicaRecord
 from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import EtcdError, LeaseSession
+from localmesh.etcd import transactions as t
 from localmesh.store.access import LeaseGone
 from localmesh.store.keys import holder_id
 from localmesh.store.mirror import Mirror
@@ -36,7 +37,7 @@ class HolderConfig:
     linger_seconds: float = 2.0
     """A presence without requests is kept for this long."""
     patience_seconds: float = 1.0
-    """A request waits this long for etcd, then goes on unprotected; and for this long no other one waits."""
+    """A request waits this long for etcd, then goes on unprotected; no other one waits until etcd is heard again."""
     count_writes_per_second: int = 50
     """Of all replicas together."""
     count_writes_per_second_per_replica: int = 20
@@ -120,7 +121,7 @@ class Holder:
         self._session_ready = asyncio.Event()
         self._session_useless = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
-        self._away_until = 0.0
+        self._away = asyncio.Event()  # etcd did not answer, and was not heard since
         self._releases = asyncio.Semaphore(_MAX_CONCURRENT_RELEASES)
         self._locks_taken = self._locks_released = self._conflicts = self._count_writes = 0
 
@@ -133,11 +134,10 @@ class Holder:
         presence = self._presences.get(replica.id)
         if presence is None or replica.state.leaving:
             return None
-        now = self._clock.monotonic()
         if not presence.held:
-            return self._begun(presence) if now < self._away_until and not presence.releasing else None
+            return self._begun(presence) if self._away.is_set() and not presence.releasing else None
         session = self._session
-        if presence.life != replica.create_revision or session is None or not session.alive(now):
+        if presence.life != replica.create_revision or session is None or not session.alive():
             return None
         return self._begun(presence)
 
@@ -157,16 +157,16 @@ class Holder:
         Raises:
             Conflict: The replica cannot be used any more: wait for a newer snapshot and pick again.
         """
-        until = min(deadline, self._clock.monotonic() + self._config.patience_seconds)
+        patient_until = self._clock.monotonic() + self._config.patience_seconds
+        until = min(deadline, patient_until)
         while True:
             if (hold := self.try_acquire(replica)) is not None:
                 return hold
             now = self._clock.monotonic()
-            if now < self._away_until:
+            if now >= patient_until:
+                self._away.set()
+            if self._away.is_set() or now >= until:
                 return self._begun(self._presence_of(replica.id))
-            if now >= until:
-                self._is_away()
-                continue
             if self._session is None or self._tasks is None:
                 await _set_within(self._session_ready, until - now)
                 continue
@@ -208,6 +208,7 @@ class Holder:
             self._tasks = group
             group.create_task(self._write_counts(), name="holder-counts")
             group.create_task(self._tend(), name="holder-tend")
+            group.create_task(self._listen(), name="holder-listen")
             group.create_task(self._scan(), name="holder-scan")
             try:
                 await self._keep_session()
@@ -250,9 +251,6 @@ class Holder:
         if presence.unused:
             self._presences.pop(presence.replica, None)
 
-    def _is_away(self) -> None:
-        self._away_until = self._clock.monotonic() + self._config.patience_seconds
-
     # Taking and releasing. One task for each presence at a time.
 
     def _start(self, presence: Presence, work: Coroutine[Any, Any, Conflict | None]) -> asyncio.Task[Conflict | None]:
@@ -273,13 +271,13 @@ class Holder:
                 self._took(presence, replica)
                 presence.taken, presence.published = taken, taken.count
         except LeaseGone:
-            self._is_away()
+            self._away.set()
             self._session_useless.set()
         except Conflict as conflict:
             self._conflicts += 1
             return conflict
         except MeshError as error:
-            self._is_away()
+            self._away.set()
             logger.warning("requests to %s go on unprotected: %s", replica.id, error)
         finally:
             presence.task = None
@@ -294,7 +292,7 @@ class Holder:
     def _took(self, presence: Presence, replica: ReplicaRecord) -> None:
         presence.life = replica.create_revision
         self._locks_taken += 1
-        self._away_until = 0.0
+        self._away.clear()
 
     async def _release(self, presence: Presence) -> Conflict | None:
         """Delete the key. Requests that come meanwhile wait, and take it anew."""
@@ -330,7 +328,7 @@ class Holder:
         self._session = session
         self._session_useless.clear()
         self._session_ready.set()
-        self._away_until = 0.0
+        self._away.clear()
         self._rescue()
         try:
             async with asyncio.TaskGroup() as group:
@@ -344,6 +342,20 @@ class Holder:
             self._session_ready.clear()
             for presence in list(self._presences.values()):
                 self._lost(presence)
+
+    async def _listen(self) -> None:
+        """Find out when etcd is back, so that no request has to. Where the lease is gone, a new one tells it."""
+        store = self._mirror.store
+        while True:
+            await self._away.wait()
+            await asyncio.sleep(self._config.patience_seconds)
+            if self._session is None:
+                continue
+            try:
+                await store.read(t.get(store.keys.schema()))
+            except StoreUnavailable:
+                continue
+            self._away.clear()
 
     async def _tend(self) -> None:
         """Release what nobody has used for a while; take what is used and unprotected."""
@@ -368,7 +380,7 @@ class Holder:
 
     def _rescue(self) -> None:
         """Take presences anew for requests that have none, where the replica still takes new locks."""
-        if self._session is None or self._tasks is None or self._clock.monotonic() < self._away_until:
+        if self._session is None or self._tasks is None or self._away.is_set():
             return
         snapshot = self._mirror.snapshot
         for presence in list(self._presences.values()):
@@ -427,6 +439,7 @@ class Holder:
             written = await self._keys.write_count(presence.replica, taken, count)
         except MeshError as error:
             logger.info("the count of %s was not written: %s", presence.replica, error)
+            self._away.set()
             presence.write_due = self._clock.monotonic() + self._config.patience_seconds
             self._count_changed(presence)
             return

@@ -1,6 +1,7 @@
 """T2 and the life of a holder against a real etcd."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -429,13 +430,15 @@ async def test_locks_and_unloads_under_load_never_meet(kit: Kit) -> None:
 
         async def work(holder: Holder, number: int) -> None:
             nonlocal served
-            for round_ in range(40):
+            for round_ in itertools.count():
+                if unloaded >= 3 and served >= 100:
+                    return
                 snapshot = kit.mirror.snapshot
                 routable = [r for r in snapshot.replicas_of(M) if snapshot.routable(r)]
                 if not routable:
                     await asyncio.sleep(0.01)
                     continue
-                replica = routable[(number + round_) % len(routable)]
+                replica = routable[(number % 2 + round_ // 20) % len(routable)]
                 try:
                     hold = await holder.acquire(replica, snapshot, soon())
                 except Conflict:
@@ -465,15 +468,13 @@ async def test_locks_and_unloads_under_load_never_meet(kit: Kit) -> None:
                 await asyncio.sleep(0.005)
 
         done = asyncio.Event()
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group, asyncio.timeout(60):
             group.create_task(evict(done))
             async with asyncio.TaskGroup() as workers:
                 for number in range(4):
                     workers.create_task(work(one if number % 2 else two, number))
             done.set()
     assert broken == []
-    assert served > 0
-    assert unloaded > 0
 
 
 async def test_models_do_not_get_in_each_other_s_way(kit: Kit) -> None:

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Self
 
 import pytest
 
 from localmesh.core.ids import CPU, ModelName, ReplicaId
 from localmesh.core.records import ReplicaState
 from localmesh.core.snapshot import Snapshot
+from localmesh.etcd import RevisionCompactedError, WatchBatch, Watcher
 from localmesh.store import Mirror
 from tests.integration.store_kit import CLOCK, M0, Kit, M, N, background, mirrored, soon, store_kit
 
@@ -179,3 +181,49 @@ async def test_revisions_move_on_while_nothing_changes(kit: Kit) -> None:
         await kit.etcd.delete("/elsewhere")
         after = await kit.seen(elsewhere.revision)
         assert after.models is before.models
+
+
+async def test_a_gap_in_the_history_is_closed_by_reading_anew(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compacted away while the mirror was cut off."""
+    await kit.model()
+    watch, cut = kit.etcd.watch, asyncio.Event()
+
+    class Cut:
+        """A watch that ends as etcd ends one whose revisions are compacted."""
+
+        def __init__(self, watcher: Watcher) -> None:
+            self._watcher = watcher
+
+        async def __aenter__(self) -> Self:
+            await self._watcher.__aenter__()
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            await self._watcher.__aexit__(None, None, None)
+
+        def __aiter__(self) -> Self:
+            return self
+
+        async def __anext__(self) -> WatchBatch:
+            await cut.wait()
+            raise RevisionCompactedError(7)
+
+    watches: list[int] = []
+
+    def cutting(key: bytes, *, start_revision: int) -> Watcher | Cut:
+        watches.append(start_revision)
+        watcher = watch(key, start_revision=start_revision)
+        return Cut(watcher) if len(watches) == 1 else watcher
+
+    monkeypatch.setattr(kit.etcd, "watch", cutting)
+    async with mirrored(kit) as mirror:
+        await kit.store.delete_model(M)
+        changed = await kit.model(ModelName("later"))
+        assert M in mirror.snapshot.models
+        cut.set()
+        snapshot = await kit.seen(changed.mod_revision)
+        assert set(snapshot.models) == {ModelName("later")}
+        after = await kit.model(ModelName("afterwards"))
+        await kit.seen(after.mod_revision)
+    assert len(watches) == 2
+    assert watches[1] > changed.mod_revision
