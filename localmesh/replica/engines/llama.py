@@ -45,8 +45,8 @@ _BATCH = 512
 _POLL_SECONDS = 0.25
 _UNLOAD_SECONDS = 5.0
 _SPARE_HTTP_THREADS = 8
-_POOLINGS = ("none", "mean", "cls", "last", "rank")
-_RANK = 4
+_POOLINGS = ("mean", "cls", "last", "rank")
+_NONE, _RANK = 0, 4
 _OPTIONS = {"pooling": _POOLINGS, "kv_unified": ("true", "false"), "repack": ("true", "false")}
 _FORCED = 1e9
 """A bias that no other token's score can reach."""
@@ -351,9 +351,12 @@ def _pooling(spec: ModelSpec, header: Header, options: Mapping[str, str]) -> str
     """Return how the model pools: empty if it generates, "default" if its file says how."""
     if chosen := options.get("pooling"):
         return chosen
-    if header.metadata.get(f"{header.architecture}.pooling_type") == _RANK:
+    own = header.metadata.get(f"{header.architecture}.pooling_type", _NONE)
+    if own == _RANK:
         return "rank"
-    return "default" if spec.embeddings or _is_encoder(header) else ""
+    if not spec.embeddings and not _is_encoder(header):
+        return ""
+    return "mean" if own == _NONE else "default"
 
 
 def _what_it_can(plan: _Plan) -> Loaded:

@@ -1,6 +1,8 @@
 """Replica processes for tests: started as a worker starts them, watched over their status descriptor, always ended."""
 
+import asyncio
 import contextlib
+import importlib.util
 import os
 import queue
 import shutil
@@ -85,6 +87,10 @@ class Replica:
             if isinstance(event, kind) and condition(event):
                 return event
         raise AssertionError(f"no {kind.__name__}; last: {self.events[-1:]}; log:\n{self.log.read_text()[-2000:]}")
+
+    async def see(self, kind: type[Any], condition: Callable[[Any], bool] = lambda _: True) -> Any:
+        """Do as `wait_for` without keeping the loop."""
+        return await asyncio.to_thread(self.wait_for, kind, condition)
 
     def ready(self) -> "Replica":
         """Wait until it serves."""
@@ -180,3 +186,16 @@ def echo_backend(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return install
+
+
+@pytest.fixture(scope="session")
+def make_gguf() -> Callable[..., Path]:
+    """Return make_random_gguf(path, layers=..., ...)."""
+    pytest.importorskip("gguf", reason="the extra 'engines' is not installed")
+    place = importlib.util.spec_from_file_location("random_gguf", REPOSITORY / "tests" / "models" / "random_gguf.py")
+    assert place is not None
+    assert place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    make: Callable[..., Path] = module.make_random_gguf
+    return make
