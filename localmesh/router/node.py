@@ -170,9 +170,9 @@ class Router:
         Raises:
             ListenFailed: The address cannot be listened on.
         """
+        await self.server.start(serving=False)
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            await self.server.start(serving=False)
             try:
                 tasks.create_task(self._health.run())
                 tasks.create_task(self._follow())

@@ -371,7 +371,7 @@ class RouterMesh:
             async with channels, asyncio.TaskGroup() as parts:
                 parts.create_task(mirror.run())
                 parts.create_task(holder.run())
-                parts.create_task(router.run())
+                await router.run()
 
         self._router_tasks[router] = self._tasks.start(run())
         self.channels_of[router] = channels
@@ -380,7 +380,8 @@ class RouterMesh:
             await mirror.loaded()
         return router
 
-    async def kill_router(self, router: Router) -> None:
+    async def stop_router(self, router: Router) -> None:
+        """Stop a router as SIGTERM does: what runs may end, for a second."""
         await self._tasks.kill(self._router_tasks[router])
 
     def channel(self, router: Router) -> Any:

@@ -106,14 +106,16 @@ async def test_one_of_two_routers_leads_and_the_other_takes_over(etcd_endpoint: 
         routers = {name: await mesh.router(name, ttl_seconds=2) for name in ("r1", "r2")}
         leader = (await eventually(mesh.mirror, lambda s: s.leader)).leader
         other = ({*routers} - {leader}).pop()
-        await mesh.kill_router(routers[leader])
+        await mesh.stop_router(routers[leader])
         await declare(mesh.store, "tiny", Policy(min_replicas=2))
         await eventually(mesh.mirror, lambda s: s.leader == other and len(ready(s, "tiny")) == 2, within=30.0)
         assert [node.loads["tiny"] for node in nodes.values()] == [1, 1]
         assert await mesh.call(routers[other], "tiny")
 
 
-async def test_a_router_that_is_killed_leaves_no_presence_behind(etcd_endpoint: str, mesh_name: str) -> None:
+async def test_a_router_that_ends_in_the_middle_of_a_request_leaves_no_presence_behind(
+    etcd_endpoint: str, mesh_name: str
+) -> None:
     """F17: its requests are not counted for ever."""
     async with router_mesh(etcd_endpoint, mesh_name) as mesh:
         await declare(mesh.store, "tiny", Policy(min_replicas=1))
@@ -124,7 +126,7 @@ async def test_a_router_that_is_killed_leaves_no_presence_behind(etcd_endpoint: 
         async with asyncio.TaskGroup() as group:
             call = group.create_task(_status_of(mesh, doomed))
             await eventually(mesh.mirror, lambda s: s.in_flight(replica.id) == 1)
-            await mesh.kill_router(doomed)
+            await mesh.stop_router(doomed)
         assert call.result() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         await eventually(mesh.mirror, lambda s: not s.inflight.get(replica.id))
         node.open_gate.set()

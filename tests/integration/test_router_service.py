@@ -13,11 +13,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from localmesh.core.errors import ModelNotFound, ReplicaNotFound, StoreUnavailable
 from localmesh.core.records import Policy
 from localmesh.etcd import EtcdBinary, EtcdServer
-from localmesh.rpc.errors import from_rpc_error
+from localmesh.router.config import RouterConfig
+from localmesh.router.node import Router
+from localmesh.rpc.channels import ChannelPool
+from localmesh.rpc.errors import ListenFailed, from_rpc_error
 from localmesh.rpc.server import GrpcServer, ServerConfig
+from localmesh.store.holder import Holder
+from localmesh.store.leader import LeaderElection
 from localmesh.v1 import router_service_pb2 as pb
 from localmesh.v1 import router_service_pb2_grpc, worker_service_pb2, worker_service_pb2_grpc
-from tests.integration.router_kit import declare, eventually, ready, router_mesh
+from tests.integration.router_kit import CLOCK, declare, eventually, ready, router_mesh
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -92,6 +97,50 @@ async def test_health_tells_of_each_model_whether_a_request_would_be_served(etcd
         for service in ("", "localmesh.v1.RouterService", "localmesh.v1.InferenceService", "backend.Backend"):
             assert await _health(channel, service) == SERVING
         watch.cancel()
+
+
+async def test_a_router_that_stops_lets_running_calls_end_and_takes_no_new_one(
+    etcd_endpoint: str, mesh_name: str
+) -> None:
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "tiny", Policy(min_replicas=1))
+        node = await mesh.node("a")
+        router = await mesh.router()
+        (replica,) = ready(await eventually(mesh.mirror, lambda s: ready(s, "tiny")), "tiny")
+        watch = health_pb2_grpc.HealthStub(mesh.channel(router)).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        while (await watch.read()).status != SERVING:
+            pass
+        node.open_gate.clear()
+        async with asyncio.TaskGroup() as group:
+            call = group.create_task(mesh.call(router, "tiny"))
+            await eventually(mesh.mirror, lambda s: s.in_flight(replica.id) == 1)
+            stopping = group.create_task(mesh.stop_router(router))
+            assert (await watch.read()).status == NOT_SERVING
+            assert not stopping.done()
+            node.open_gate.set()
+        assert call.result() == str(replica.id)
+        async with ChannelPool() as channels:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channels.get(router.endpoint).unary_unary("/t.T/Unary")(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_port_that_is_in_use_is_named(etcd_endpoint: str, mesh_name: str) -> None:
+    async with GrpcServer(ServerConfig(), name="other") as other:
+        async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+            mirror = mesh.mirror
+            async with ChannelPool() as channels:
+                router = Router(
+                    RouterConfig(mesh=mesh_name, name="r", server=ServerConfig(listen=other.endpoint)),
+                    store=mesh.store,
+                    mirror=mirror,
+                    holder=Holder(mirror, "r"),
+                    election=LeaderElection(mesh.store, "r"),
+                    channels=channels,
+                    clock=CLOCK,
+                )
+                with pytest.raises(ListenFailed, match=f"port {other.port} of 127.0.0.1 is in use"):
+                    await router.run()
 
 
 async def test_reflection_shows_what_can_be_called(etcd_endpoint: str, mesh_name: str) -> None:
