@@ -24,7 +24,7 @@ TINY = ((MODEL, "tiny"),)
 
 
 async def test_calls_that_do_not_overlap_go_round(etcd_endpoint: str, mesh_name: str) -> None:
-    """F11, F13, F14."""
+    """F11, F13, F14; who served is told by the replica's trailers, passed on (F25)."""
     async with router_mesh(etcd_endpoint, mesh_name) as mesh:
         await declare(mesh.store, "tiny", Policy(min_replicas=3))
         for name, memory in (("a", 24000), ("b", 16000), ("c", 8000)):
