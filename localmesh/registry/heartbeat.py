@@ -25,6 +25,7 @@ from localmesh.registry import facts
 from localmesh.registry.config import RegistryConfig
 from localmesh.registry.reports import (
     Command,
+    Exit,
     PutProgress,
     PutSelf,
     PutState,
@@ -194,7 +195,8 @@ class WorkerStream:
             now=now,
             config=self._around.config,
         )
-        self._exit_taken(*outcome.taken)
+        for name in outcome.taken:
+            self._exit_taken(name)
         for command in outcome.commands:
             name = command.replica.id
             if snapshot.revision < seen_at.get(name, 0):
@@ -226,18 +228,20 @@ class WorkerStream:
                 ttl = self._around.config.failure_ttl_seconds
                 await store.exited(replica, failure=failure, failure_ttl_seconds=ttl)
                 logger.info("%s has exited%s", replica.id, f": {failure.reason}" if failure else "")
-                self._exit_taken(replica.id)
+                # The worker may have been given this name anew while that was written: only the exit is done with.
+                latest = self._reports[replica.id]
+                if isinstance(latest.observed, Exit) and latest.placement in (0, replica.create_revision):
+                    self._exit_taken(replica.id)
             case PutProgress(replica=replica, progress=progress):
                 await store.put_progress(replica, progress, record_lease=self._record_lease)
             case PutSelf(replica=replica, count=count):
                 await store.put_self_inflight(replica, count)
         return 0
 
-    def _exit_taken(self, *names: ReplicaId) -> None:
-        for name in names:
-            self._reports.pop(name, None)
-            self._exits_taken.add(name)
-            self._outbox.set()
+    def _exit_taken(self, name: ReplicaId) -> None:
+        del self._reports[name]
+        self._exits_taken.add(name)
+        self._outbox.set()
 
     async def _apply_measurement(
         self, now: float, last: tuple[MeasuredRecord, float] | None

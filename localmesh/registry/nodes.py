@@ -1,12 +1,13 @@
 """Nodes: how workers register and leave, and what the mesh says of them."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 
 from google.protobuf.duration_pb2 import Duration
 
 from localmesh.core.clock import Clock
-from localmesh.core.errors import IncarnationLost, NodeNameTaken, PermissionDenied, StoreUnavailable
+from localmesh.core.errors import IncarnationLost, InvalidRequest, NodeNameTaken, PermissionDenied, StoreUnavailable
 from localmesh.core.ids import NodeName
 from localmesh.core.records import NodeRecord
 from localmesh.core.snapshot import Snapshot
@@ -23,6 +24,8 @@ from localmesh.store.mirror import Mirror
 from localmesh.v1 import registry_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
+
+_FIRST_MESSAGE_SECONDS = 10.0
 
 
 class Nodes:
@@ -116,7 +119,11 @@ class Nodes:
             IncarnationLost: The registration has ended.
             StoreUnavailable: etcd does not answer.
         """
-        first = await anext(requests, None)
+        try:
+            async with asyncio.timeout(_FIRST_MESSAGE_SECONDS):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise InvalidRequest("the stream's first message, with node and incarnation, did not come") from None
         if first is None:
             return
         require_node(identity, first.node)

@@ -1,15 +1,17 @@
 """The registry towards workers: a fake worker speaks the real protocol to real registries over a real etcd."""
 
+import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
 
 from localmesh.core.errors import IncarnationLost, InvalidRequest, NodeNameTaken, NodePending, StoreUnavailable
 from localmesh.core.ids import CPU, NodeName, ReplicaId
-from localmesh.core.records import ReplicaState
+from localmesh.core.records import ReplicaRecord, ReplicaState
 from localmesh.etcd import EtcdBinary, EtcdServer
 from localmesh.registry.config import RegistryConfig
 from localmesh.store import LeaseTimes
@@ -183,6 +185,35 @@ async def test_a_late_exit_of_an_earlier_placement_hits_no_later_one(
         assert await registry.replica(ReplicaState.PLACED)
         await stream.say(worker.report(second, serving=serving()))
         await registry.replica(ReplicaState.READY)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_name_that_is_given_anew_while_its_exit_is_written_loses_no_report(
+    registry: Registry, channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    written, go_on, exited = asyncio.Event(), asyncio.Event(), registry.store.exited
+
+    async def slowly(replica: ReplicaRecord, **how: Any) -> None:
+        await exited(replica, **how)
+        written.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(registry.store, "exited", slowly)
+    worker = FakeWorker()
+    await worker.register(channel)
+    async with worker.stream(channel) as stream:
+        first = await place_on(registry, worker, stream)
+        await stream.say(worker.report(first, exited=pb.ReplicaExited()))
+        await written.wait()
+        await place(registry)
+        second = await worker.told(
+            lambda w: next((r for r in w.wanted[-1].replicas if r.placement != first.placement), None)
+        )
+        observed = {"exited": pb.ReplicaExited()} if fails else {"loading": loading()}
+        sequence = await stream.say(worker.report(second, **observed))
+        await worker.told(lambda w: w.acknowledged >= sequence)
+        go_on.set()
+        await registry.replica(None if fails else ReplicaState.LOADING)
 
 
 async def test_a_second_machine_with_the_same_name_is_refused(registry: Registry, channel: grpc.aio.Channel) -> None:
