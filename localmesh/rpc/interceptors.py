@@ -1,5 +1,6 @@
 """What surrounds every call of our servers. Written once for all four kinds of call."""
 
+import asyncio
 import inspect
 import logging
 from abc import abstractmethod
@@ -11,7 +12,7 @@ from typing import Any, Final, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from localmesh.core.errors import InternalError, InvalidRequest, MeshError, MethodUnknown
+from localmesh.core.errors import ComponentUnreachable, InternalError, InvalidRequest, MeshError, MethodUnknown
 from localmesh.rpc.errors import abort_with
 from localmesh.rpc.identity import IdentityPolicy, peer_identity
 
@@ -105,7 +106,18 @@ class ErrorInterceptor(CallInterceptor):
             raise
         except MeshError as error:
             await abort_with(context, error)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this call was cancelled, but one that it waited for: its channel was closed under it. Without a status
+            # the caller would wait until its deadline.
+            await abort_with(
+                context, ComponentUnreachable("the connection that served this call was closed: try again")
+            )
         except Exception as error:  # noqa: BLE001 - the edge: a bug in a servicer must not end the server
+            if (failure := _failure_in(error)) is not None:
+                await abort_with(context, failure)
             await self._bug(method, context, error)
 
     @staticmethod
@@ -117,6 +129,19 @@ class ErrorInterceptor(CallInterceptor):
         if handler is _NOBODY:
             handler = _unknown(method)
         return super()._wrap(_with_safe_decoding(handler), method)
+
+
+def _failure_in(error: Exception) -> MeshError | None:
+    """Return the failure of a TaskGroup in which nothing but expected failures happened: the first of them."""
+    if not isinstance(error, ExceptionGroup):
+        return None
+    expected, unexpected = error.split(MeshError)
+    if expected is None or unexpected is not None:
+        return None
+    first: BaseException = expected
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first if isinstance(first, MeshError) else None
 
 
 class IdentityInterceptor(CallInterceptor):
