@@ -20,9 +20,12 @@ class EtcdKeeper:
     then fills it from its folder of desired state, and the workers register again.
     """
 
-    def __init__(self, *, binary: Path | None, data_dir: Path, log_path: Path, throw_away: bool, clock: Clock) -> None:
+    def __init__(
+        self, *, binary: Path | None, data_dir: Path, run_dir: Path, log_path: Path, throw_away: bool, clock: Clock
+    ) -> None:
         self._explicit = str(binary) if binary is not None else None
         self._data_dir = data_dir
+        self._run_dir = run_dir
         self._log_path = log_path
         self._throw_away = throw_away
         self._clock = clock
@@ -97,6 +100,7 @@ class EtcdKeeper:
             data_dir=self._data_dir if self.durable else None,
             port=self._port,
             log_path=self._log_path,
+            temporary_parent=self._run_dir,
             clock=self._clock,
         )
         await server.start()

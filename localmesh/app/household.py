@@ -153,27 +153,33 @@ class Household:
     def _prepare_folders(self) -> None:
         state = self.config.state_dir
         try:
-            for folder in (state, self._run_dir, self.log_dir, state / "desired"):
+            for folder in (state, self.log_dir, state / "desired"):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for folder in (self.config.models_folder, self.config.backends_folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(state / "up.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._take_lock(state / "up.lock")
+            shutil.rmtree(self._run_dir, ignore_errors=True)  # of one that was killed
+            self._run_dir.mkdir(mode=0o700)
         except OSError as problem:
             raise StartFailed(f"cannot use {problem.filename}: {problem.strerror}. Name another --state-dir.") from None
+
+    def _take_lock(self, path: Path) -> None:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
-            self._lock = None
+            os.close(lock)
             raise StartFailed(
-                f"a mesh already runs with its state in {state}: stop it first, or name another --state-dir."
+                f"a mesh already runs with its state in {path.parent}: stop it first, or name another --state-dir."
             ) from None
+        self._lock = lock
 
     async def _start_etcd(self) -> None:
         config = self.config
         self.etcd = EtcdKeeper(
             binary=config.etcd.bin,
             data_dir=config.etcd_folder,
+            run_dir=self._run_dir,
             log_path=self.log_dir / "etcd.log",
             throw_away=self._throw_away_etcd,
             clock=self._clock,

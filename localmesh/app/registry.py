@@ -18,6 +18,7 @@ from localmesh.registry.desired_folder import DesiredFolder
 from localmesh.registry.service import SERVICE, RegistryServicer, fill_from_folder
 from localmesh.rpc.identity import registry_policy
 from localmesh.rpc.server import GrpcServer
+from localmesh.store.errors import translated
 from localmesh.store.mesh import MeshStore
 from localmesh.store.mirror import Mirror
 from localmesh.v1 import registry_service_pb2_grpc
@@ -41,18 +42,20 @@ async def serve(config: Config) -> AsyncIterator[Ready]:
         identity_policy=registry_policy(config.mesh),
     )
     folder = DesiredFolder(own.desired_dir) if own.desired_dir is not None else None
+    refill: Refill | None = None
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(config, clock))
         mirror = Mirror(store)
         keeping = [mirror.run()]
         if folder is not None:
-            known = await fill_from_folder(store, folder)
-            _LOG.info("the folder %s has %d models and approvals", own.desired_dir, known)
-            keeping.append(fill_after_reset(store, folder))
+            refill = Refill(store, folder)
+            await refill.ensure()
+            keeping.append(refill.run())
         await stack.enter_async_context(beside(*keeping))
         await mirror.loaded()
         settings = RegistryConfig(auto_approve=own.auto_approve)
-        servicer = RegistryServicer(store, mirror, settings, clock, folder=folder)
+        before = refill.ensure if refill is not None else None
+        servicer = RegistryServicer(store, mirror, settings, clock, folder=folder, before_register=before)
         server.add(registry_service_pb2_grpc.add_RegistryServiceServicer_to_server, servicer, SERVICE)
         await server.start()
         try:
@@ -66,22 +69,42 @@ async def serve(config: Config) -> AsyncIterator[Ready]:
             await server.stop()
 
 
-async def fill_after_reset(store: MeshStore, folder: DesiredFolder) -> None:
-    """Fill the store from the folder whenever another, empty one has taken its place. Runs until cancelled."""
-    behind = False
-    while True:
-        try:
-            if behind:
-                await store.check_schema()
-                await fill_from_folder(store, folder)
-                behind = False
-                _LOG.warning("the store was reset; desired state was put into it again")
-            async with store.etcd.watch(store.keys.schema()) as watcher:
-                async for _ in watcher:
-                    continue
-        except StoreReset:
-            behind = True
-            continue
-        except (MeshError, EtcdError) as error:
-            _LOG.info("etcd cannot be watched at present: %s", error)
-        await asyncio.sleep(_PAUSE_SECONDS)
+class Refill:
+    """Keeps a store that may be replaced by an empty one filled with what a folder holds."""
+
+    def __init__(self, store: MeshStore, folder: DesiredFolder) -> None:
+        self._store = store
+        self._folder = folder
+        self._filled = 0
+        self._one_at_a_time = asyncio.Lock()
+
+    async def ensure(self) -> None:
+        """Fill the store unless this very cluster was filled before.
+
+        Raises:
+            MeshError: It cannot be filled.
+        """
+        async with self._one_at_a_time:
+            with translated():
+                cluster = (await self._store.etcd.status()).cluster_id
+            if cluster == self._filled:
+                return
+            await self._store.check_schema()
+            count = await fill_from_folder(self._store, self._folder)
+            self._filled = cluster
+            _LOG.info("%d models and approvals were put into the store", count)
+
+    async def run(self) -> None:
+        """Fill the store whenever another one has taken its place. Runs until cancelled."""
+        while True:
+            try:
+                await self.ensure()
+                async with self._store.etcd.watch(self._store.keys.schema()) as watcher:
+                    async for _ in watcher:
+                        continue
+            except StoreReset as reset:
+                _LOG.warning("etcd starts anew: %s", reset)
+                continue
+            except (MeshError, EtcdError) as error:
+                _LOG.info("etcd cannot be watched at present: %s", error)
+            await asyncio.sleep(_PAUSE_SECONDS)

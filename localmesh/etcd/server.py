@@ -49,8 +49,9 @@ class EtcdServer:
     """Runs one etcd from `async with` on; `endpoint` takes clients as soon as the block is entered.
 
     `data_dir` None: a new temporary folder, removed at the end; a binary that is not durable takes no other.
-    `port` 0: a free one. `log_path` None: a temporary file, quoted in errors. `extra_args` are etcd's own flags
-    and come last, so that they win. Raises ServerStartError with the end of etcd's log.
+    `port` 0: a free one. `log_path` None: a temporary file, quoted in errors.
+    `temporary_parent`: where what is temporary is made; None: in the system's folder for it. `extra_args` are
+    etcd's own flags and come last, so that they win. Raises ServerStartError with the end of etcd's log.
 
     The server has its own process group, so that Ctrl-C in a terminal reaches only its owner, and is killed
     when the thread that started it ends (where util-linux's setpriv is there).
@@ -64,6 +65,7 @@ class EtcdServer:
         host: str = "127.0.0.1",
         port: int = 0,
         log_path: Path | None = None,
+        temporary_parent: Path | None = None,
         tls: ServerTls | None = None,
         extra_args: tuple[str, ...] = (),
         start_seconds: float = 30.0,
@@ -78,6 +80,7 @@ class EtcdServer:
         self._wanted_port = port
         self._port = port
         self._log_path = log_path
+        self._temporary_parent = temporary_parent
         self._tls = tls
         self._extra_args = extra_args
         self._start_seconds = start_seconds
@@ -141,7 +144,7 @@ class EtcdServer:
             logger.warning("%s", self._binary.warning)
         if self._data_dir is not None and _is_locked(self._data_dir / "member" / "snap" / "db"):
             raise ServerStartError(f"the data folder {self._data_dir} is in use by another etcd")
-        self._temporary = Path(tempfile.mkdtemp(prefix="localmesh-etcd-"))
+        self._temporary = Path(tempfile.mkdtemp(prefix="localmesh-etcd-", dir=self._temporary_parent))
         try:
             for tries_left in reversed(range(_PORT_TRIES)):
                 self._port = self._wanted_port or _free_port(self._host)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 from localmesh.core.clock import Clock
@@ -38,6 +38,7 @@ class RegistryServicer(RegistryServiceServicer):
         clock: Clock,
         *,
         folder: DesiredFolder | None = None,
+        before_register: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Prepare the service.
 
@@ -47,9 +48,12 @@ class RegistryServicer(RegistryServiceServicer):
             config: How to behave.
             clock: Where the time comes from.
             folder: Where desired state is kept beside a store that does not survive; None for a store that does.
+            before_register: Awaited before a node is taken in. With a folder: makes sure that the store has what is in
+                it, because what a worker runs is stopped when its model is not there.
         """
         self._models = Models(store=store, mirror=mirror, config=config, clock=clock, folder=folder)
         self._nodes = Nodes(store=store, mirror=mirror, config=config, clock=clock, folder=folder)
+        self._before_register = before_register
         self._closing = asyncio.Event()
         self._around = Surroundings(
             store=store, mirror=mirror, views=ViewCache(), config=config, clock=clock, closing=self._closing
@@ -85,6 +89,8 @@ class RegistryServicer(RegistryServiceServicer):
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:
         """See the protocol."""
+        if self._before_register is not None:
+            await self._before_register()
         return await self._nodes.register(request, peer_identity(context))
 
     async def Heartbeat(self, request_iterator: AsyncIterator[pb.HeartbeatRequest], context: Any) -> None:
