@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from grpc_tools import protoc
 import grpc_tools
+from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
 WELL_KNOWN = Path(grpc_tools.__file__).parent / "_proto"
