@@ -12,6 +12,7 @@ from localmesh.app.config import Config
 from localmesh.app.exits import exit_for
 from localmesh.app.lifeline import Failed, Ready, StatusPipe
 from localmesh.core.errors import MeshError
+from localmesh.rpc.errors import ConfigError
 
 Served = Callable[[Config], AbstractAsyncContextManager[Ready]]
 """What a component does: entered, it serves at the yielded address; left, it has stopped gracefully."""
@@ -34,7 +35,6 @@ def run(role: str, config: Config, *, say: Callable[[str], None], status: Status
     Raises:
         MeshError: It cannot start, or cannot go on.
     """
-    refuse_other_systems()
     set_up_logging(config.log_level)
     pipe = status or StatusPipe(None)
     try:
@@ -59,10 +59,10 @@ def refuse_other_systems() -> None:
     """Refuse to run where the kernel cannot end a process with its parent.
 
     Raises:
-        MeshError: This is not Linux.
+        ConfigError: This is not Linux.
     """
     if sys.platform != "linux":
-        raise MeshError(
+        raise ConfigError(
             f"localmesh runs components on Linux only, and this is {sys.platform}: a worker must be sure that the"
             " processes it starts end with it. Commands such as `localmesh generate` work from here with --router."
         )

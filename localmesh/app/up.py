@@ -21,9 +21,7 @@ def run(config: Config, *, say: Callable[[str], None]) -> int:
 
     Raises:
         StartFailed: Something does not start; nothing is left behind.
-        MeshError: This system cannot run it.
     """
-    component.refuse_other_systems()
     # What an operator should know is said; each component's own log is in a file.
     component.set_up_logging("error" if config.log_level == "info" else config.log_level)
     asyncio.run(component.until_signalled(_run(config, say)))

@@ -10,11 +10,15 @@ def run_component(command: Command) -> int:
     """`registry`, `router`, `worker`: one component in the foreground."""
     from localmesh.app import component
 
+    component.refuse_other_systems()
     return component.run(command.arguments.command, command.config, say=output.say)
 
 
 def run_up(command: Command) -> int:
     """`up`: the whole mesh in the foreground."""
+    from localmesh.app.component import refuse_other_systems
+
+    refuse_other_systems()  # before modules are imported that other systems do not have
     from localmesh.app import up
 
     return up.run(command.config, say=output.say)
@@ -22,6 +26,9 @@ def run_up(command: Command) -> int:
 
 def run_demo(command: Command) -> int:
     """`demo`: an ephemeral mesh that shows itself."""
+    from localmesh.app.component import refuse_other_systems
+
+    refuse_other_systems()
     from localmesh.cli import demo
 
     return demo.run(command.config, say=output.say)

@@ -218,6 +218,16 @@ class LocalMesh:
                 return int(process.pid)
         raise KeyError(str(replica))
 
+    async def kill_replica(self, replica: ReplicaId, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal to a replica's process: SIGKILL by default. Return the process.
+
+        Raises:
+            KeyError: The worker runs no such replica.
+        """
+        pid = await self.replica_pid(replica)
+        self._signal(pid, number)
+        return pid
+
     def starts(self, name: str) -> int:
         """Return how often a component was started."""
         if name == "etcd" and self.household.etcd is not None:

@@ -21,10 +21,9 @@ async def test_a_frozen_replica_costs_its_calls_some_seconds_and_no_answer(
 ) -> None:
     """F5 F15 F19: pings notice it in about 7 s; its calls, of which no byte had come, are sent elsewhere."""
     async with serving_mesh(etcd_environment) as mesh:
-        pid = await mesh.replica_pid(ALPHA)
         async with traffic(mesh, "tiny") as flow:
             await flow.more()
-            os.kill(pid, signal.SIGSTOP)
+            pid = await mesh.kill_replica(ALPHA, signal.SIGSTOP)
             try:
 
                 async def noticed() -> bool:

@@ -1,5 +1,8 @@
 """Kill -9 of any one component during traffic: what stops, what goes on, and that it heals."""
 
+import os
+import signal
+
 import grpc
 import pytest
 
@@ -79,10 +82,9 @@ async def test_a_killed_replica_costs_its_own_calls_only_and_is_replaced(
     """F5 F19 F43: a call without a byte of response is sent elsewhere; the process is replaced."""
     async with serving_mesh(etcd_environment) as mesh:
         victim = ReplicaId(ModelName("tiny"), NodeName("alpha"), 0)
-        pid = await mesh.replica_pid(victim)
         async with traffic(mesh, "tiny") as flow:
             await flow.more()
-            mesh._signal(pid, 9)
+            pid = await mesh.kill_replica(victim)
             await flow.more(20)
 
             async def replaced() -> bool:
@@ -166,17 +168,15 @@ async def test_after_a_throw_away_etcd_the_desired_state_is_applied_again(
 async def test_a_stream_that_breaks_is_never_taken_for_a_whole_one(serving_mesh, etcd_environment) -> None:
     """F17: a stream whose replica is killed ends with a failure, not with a short text."""
     async with serving_mesh(etcd_environment) as mesh:
-        victim: list[int] = [
-            await mesh.replica_pid(ReplicaId(ModelName("tiny"), NodeName(n), 0)) for n in ("alpha", "beta")
-        ]
+        pids = [await mesh.replica_pid(ReplicaId(ModelName("tiny"), NodeName(n), 0)) for n in ("alpha", "beta")]
         sampling = pb.SamplingOptions(max_tokens=200, temperature=0)
         request = pb.StreamGenerateRequest(prompt="The function returns", sampling=sampling)
         pieces = aiter(mesh.inference.StreamGenerate(request, metadata=for_model("tiny"), timeout=60))
         first = await anext(pieces)
         assert first.text
         assert not first.finish_reason
-        for pid in victim:
-            mesh._signal(pid, 9)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
         with pytest.raises(grpc.aio.AioRpcError) as broken:
             async for _ in pieces:
                 pass
