@@ -23,7 +23,8 @@ from localmesh.etcd.tasks import TaskOwner
 from localmesh.rpc.addresses import join_host_port, split_host_port
 
 _READY_SECONDS = 60.0
-_KILL_SECONDS = 5.0
+_KILL_SECONDS = 15.0
+"""More than a worker takes to kill replicas that do not end in time."""
 
 
 class Household:
