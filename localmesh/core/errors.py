@@ -11,6 +11,7 @@ MeshError
   ReplicaLost, EngineFailed
   StoreUnavailable, Conflict, SchemaUnsupported, ComponentUnreachable
   NodePending, NodeNameTaken, IncarnationLost, JoinTokenInvalid, Unauthenticated, PermissionDenied
+  BackendNotFound, BackendExists, BackendInUse, BackendInvalid, BackendInstallFailed
 
 The message is one or two sentences for a person: what happened, and what to do. Everything in it that varies is in
 `metadata`, too.
@@ -235,3 +236,33 @@ class PermissionDenied(MeshError):
     """The caller's identity may not do this."""
 
     reason = "PERMISSION_DENIED"
+
+
+class BackendNotFound(MeshError):
+    """The node has no such backend, or none that can be changed from here."""
+
+    reason = "BACKEND_NOT_FOUND"
+
+
+class BackendExists(MeshError):
+    """The node has another backend of that name."""
+
+    reason = "BACKEND_EXISTS"
+
+
+class BackendInUse(MeshError):
+    """Replicas run the backend."""
+
+    reason = "BACKEND_IN_USE"
+
+
+class BackendInvalid(MeshError):
+    """What is to be installed is no backend, is damaged, or is not safe to unpack."""
+
+    reason = "BACKEND_INVALID"
+
+
+class BackendInstallFailed(MeshError):
+    """A backend could not be installed."""
+
+    reason = "BACKEND_INSTALL_FAILED"

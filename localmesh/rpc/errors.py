@@ -57,6 +57,11 @@ WIRE: Final[Mapping[type[MeshError], tuple[Any, "pb.ErrorReason.ValueType"]]] = 
     e.JoinTokenInvalid: (_C.UNAUTHENTICATED, pb.ERROR_REASON_JOIN_TOKEN_INVALID),
     e.Unauthenticated: (_C.UNAUTHENTICATED, pb.ERROR_REASON_UNAUTHENTICATED),
     e.PermissionDenied: (_C.PERMISSION_DENIED, pb.ERROR_REASON_PERMISSION_DENIED),
+    e.BackendNotFound: (_C.NOT_FOUND, pb.ERROR_REASON_BACKEND_NOT_FOUND),
+    e.BackendExists: (_C.ALREADY_EXISTS, pb.ERROR_REASON_BACKEND_EXISTS),
+    e.BackendInUse: (_C.FAILED_PRECONDITION, pb.ERROR_REASON_BACKEND_IN_USE),
+    e.BackendInvalid: (_C.INVALID_ARGUMENT, pb.ERROR_REASON_BACKEND_INVALID),
+    e.BackendInstallFailed: (_C.FAILED_PRECONDITION, pb.ERROR_REASON_BACKEND_INSTALL_FAILED),
 }
 
 _BY_REASON: Final[Mapping[str, type[MeshError]]] = {

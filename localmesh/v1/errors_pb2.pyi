@@ -110,6 +110,24 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The caller showed no identity of this mesh. Status: UNAUTHENTICATED. Retry: no."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 85
     """The caller's identity may not do this. Status: PERMISSION_DENIED. Retry: no. Metadata: "identity"."""
+    ERROR_REASON_BACKEND_NOT_FOUND: _ErrorReason.ValueType  # 100
+    """The node has no such backend, or none that can be changed from here. Status: NOT_FOUND. Retry: no.
+    Metadata: "backend", "node".
+    """
+    ERROR_REASON_BACKEND_EXISTS: _ErrorReason.ValueType  # 101
+    """The node has another backend of that name: upgrade or delete it. Status: ALREADY_EXISTS. Retry: no.
+    Metadata: "backend", "node".
+    """
+    ERROR_REASON_BACKEND_IN_USE: _ErrorReason.ValueType  # 102
+    """Replicas run the backend. Status: FAILED_PRECONDITION. Retry: no. Metadata: "backend", "node", "replicas"."""
+    ERROR_REASON_BACKEND_INVALID: _ErrorReason.ValueType  # 103
+    """What is to be installed is no backend, is damaged, or is not safe to unpack. Status: INVALID_ARGUMENT. Retry: no.
+    Metadata: "backend".
+    """
+    ERROR_REASON_BACKEND_INSTALL_FAILED: _ErrorReason.ValueType  # 104
+    """It could not be installed; the message has the last words of what failed. Status: FAILED_PRECONDITION. Retry: later.
+    Metadata: "backend", "node".
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Machine-readable cause of a failed call: the reason of a google.rpc.ErrorInfo in the status details, with domain
@@ -205,4 +223,22 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 84
 """The caller showed no identity of this mesh. Status: UNAUTHENTICATED. Retry: no."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 85
 """The caller's identity may not do this. Status: PERMISSION_DENIED. Retry: no. Metadata: "identity"."""
+ERROR_REASON_BACKEND_NOT_FOUND: ErrorReason.ValueType  # 100
+"""The node has no such backend, or none that can be changed from here. Status: NOT_FOUND. Retry: no.
+Metadata: "backend", "node".
+"""
+ERROR_REASON_BACKEND_EXISTS: ErrorReason.ValueType  # 101
+"""The node has another backend of that name: upgrade or delete it. Status: ALREADY_EXISTS. Retry: no.
+Metadata: "backend", "node".
+"""
+ERROR_REASON_BACKEND_IN_USE: ErrorReason.ValueType  # 102
+"""Replicas run the backend. Status: FAILED_PRECONDITION. Retry: no. Metadata: "backend", "node", "replicas"."""
+ERROR_REASON_BACKEND_INVALID: ErrorReason.ValueType  # 103
+"""What is to be installed is no backend, is damaged, or is not safe to unpack. Status: INVALID_ARGUMENT. Retry: no.
+Metadata: "backend".
+"""
+ERROR_REASON_BACKEND_INSTALL_FAILED: ErrorReason.ValueType  # 104
+"""It could not be installed; the message has the last words of what failed. Status: FAILED_PRECONDITION. Retry: later.
+Metadata: "backend", "node".
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -857,6 +857,7 @@ class HeartbeatRequest(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     MEASUREMENT_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Name of the node, in the first message."""
     incarnation: _builtins.int
@@ -875,6 +876,12 @@ class HeartbeatRequest(_message.Message):
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceFacts]:
         """Sources, when they changed; all of them in the first."""
 
+    @_builtins.property
+    def facts(self) -> Global___NodeFacts:
+        """What the node is, when its engines are not those of its registration any more: the registry takes the engines over
+        at once. The other facts count when a node registers.
+        """
+
     def __init__(
         self,
         *,
@@ -884,10 +891,11 @@ class HeartbeatRequest(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaReport] | None = ...,
         measurement: Global___NodeMeasurement | None = ...,
         sources: _abc.Iterable[Global___SourceFacts] | None = ...,
+        facts: Global___NodeFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["measurement", b"measurement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "measurement", b"measurement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "measurement", b"measurement", "node", b"node", "replicas", b"replicas", "sequence", b"sequence", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "incarnation", b"incarnation", "measurement", b"measurement", "node", b"node", "replicas", b"replicas", "sequence", b"sequence", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,26 +22,50 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from localmesh.v1 import backends_pb2 as localmesh_dot_v1_dot_backends__pb2
 from localmesh.v1 import types_pb2 as localmesh_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!localmesh/v1/worker_service.proto\x12\x0clocalmesh.v1\x1a\x18localmesh/v1/types.proto\"z\n\x07Process\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.localmesh.v1.ReplicaState\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\"\x16\n\x14ListProcessesRequest\"c\n\x15ListProcessesResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12(\n\tprocesses\x18\x02 \x03(\x0b\x32\x15.localmesh.v1.Process\x12\x12\n\nregistered\x18\x03 \x01(\x08\"e\n\x18StreamReplicaLogsRequest\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x12\n\ntail_lines\x18\x03 \x01(\x05\")\n\x19StreamReplicaLogsResponse\x12\x0c\n\x04line\x18\x01 \x01(\t2\xd1\x01\n\rWorkerService\x12X\n\rListProcesses\x12\".localmesh.v1.ListProcessesRequest\x1a#.localmesh.v1.ListProcessesResponse\x12\x66\n\x11StreamReplicaLogs\x12&.localmesh.v1.StreamReplicaLogsRequest\x1a\'.localmesh.v1.StreamReplicaLogsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!localmesh/v1/worker_service.proto\x12\x0clocalmesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blocalmesh/v1/backends.proto\x1a\x18localmesh/v1/types.proto\"z\n\x07Process\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.localmesh.v1.ReplicaState\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\"\x16\n\x14ListProcessesRequest\"c\n\x15ListProcessesResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12(\n\tprocesses\x18\x02 \x03(\x0b\x32\x15.localmesh.v1.Process\x12\x12\n\nregistered\x18\x03 \x01(\x08\"e\n\x18StreamReplicaLogsRequest\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x12\n\ntail_lines\x18\x03 \x01(\x05\"e\n\x19StreamReplicaLogsResponse\x12\x0c\n\x04line\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08sequence\x18\x03 \x01(\x03\"-\n\x0bLogPosition\x12\x0c\n\x04life\x18\x01 \x01(\x03\x12\x10\n\x08sequence\x18\x02 \x01(\x03\"\xa2\x01\n\x16StreamModelLogsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x12\n\ntail_lines\x18\x04 \x01(\x05\x12\x0e\n\x06resume\x18\x05 \x01(\x08\x12\'\n\x04seen\x18\x06 \x03(\x0b\x32\x19.localmesh.v1.LogPositionB\x08\n\x06_index\"\xed\x01\n\x17StreamModelLogsResponse\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0c\n\x04line\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04life\x18\x04 \x01(\x03\x12\x10\n\x08sequence\x18\x05 \x01(\x03\x12\x12\n\nlost_bytes\x18\x06 \x01(\x03\x12\x11\n\tcaught_up\x18\x07 \x01(\x08\x12,\n\tpositions\x18\x08 \x03(\x0b\x32\x19.localmesh.v1.LogPosition\"]\n\x15InstallBackendRequest\x12+\n\x05order\x18\x01 \x01(\x0b\x32\x1a.localmesh.v1.BackendOrderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x8d\x01\n\x16InstallBackendResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.localmesh.v1.BackendProgress\x12/\n\x07\x62\x61\x63kend\x18\x02 \x01(\x0b\x32\x1e.localmesh.v1.InstalledBackend\x12\x11\n\tunchanged\x18\x03 \x01(\x08\"]\n\x15UpgradeBackendRequest\x12+\n\x05order\x18\x01 \x01(\x0b\x32\x1a.localmesh.v1.BackendOrderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xa5\x01\n\x16UpgradeBackendResponse\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.localmesh.v1.BackendProgress\x12/\n\x07\x62\x61\x63kend\x18\x02 \x01(\x0b\x32\x1e.localmesh.v1.InstalledBackend\x12)\n\x07stopped\x18\x03 \x03(\x0b\x32\x18.localmesh.v1.ReplicaRef\"3\n\x14\x44\x65leteBackendRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"B\n\x15\x44\x65leteBackendResponse\x12)\n\x07stopped\x18\x01 \x03(\x0b\x32\x18.localmesh.v1.ReplicaRef\"\x15\n\x13ListBackendsRequest\"V\n\x14ListBackendsResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x30\n\x08\x62\x61\x63kends\x18\x02 \x03(\x0b\x32\x1e.localmesh.v1.InstalledBackend2\xa6\x05\n\rWorkerService\x12X\n\rListProcesses\x12\".localmesh.v1.ListProcessesRequest\x1a#.localmesh.v1.ListProcessesResponse\x12\x66\n\x11StreamReplicaLogs\x12&.localmesh.v1.StreamReplicaLogsRequest\x1a\'.localmesh.v1.StreamReplicaLogsResponse0\x01\x12`\n\x0fStreamModelLogs\x12$.localmesh.v1.StreamModelLogsRequest\x1a%.localmesh.v1.StreamModelLogsResponse0\x01\x12_\n\x0eInstallBackend\x12#.localmesh.v1.InstallBackendRequest\x1a$.localmesh.v1.InstallBackendResponse(\x01\x30\x01\x12_\n\x0eUpgradeBackend\x12#.localmesh.v1.UpgradeBackendRequest\x1a$.localmesh.v1.UpgradeBackendResponse(\x01\x30\x01\x12X\n\rDeleteBackend\x12\".localmesh.v1.DeleteBackendRequest\x1a#.localmesh.v1.DeleteBackendResponse\x12U\n\x0cListBackends\x12!.localmesh.v1.ListBackendsRequest\x1a\".localmesh.v1.ListBackendsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'localmesh.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROCESS']._serialized_start=77
-  _globals['_PROCESS']._serialized_end=199
-  _globals['_LISTPROCESSESREQUEST']._serialized_start=201
-  _globals['_LISTPROCESSESREQUEST']._serialized_end=223
-  _globals['_LISTPROCESSESRESPONSE']._serialized_start=225
-  _globals['_LISTPROCESSESRESPONSE']._serialized_end=324
-  _globals['_STREAMREPLICALOGSREQUEST']._serialized_start=326
-  _globals['_STREAMREPLICALOGSREQUEST']._serialized_end=427
-  _globals['_STREAMREPLICALOGSRESPONSE']._serialized_start=429
-  _globals['_STREAMREPLICALOGSRESPONSE']._serialized_end=470
-  _globals['_WORKERSERVICE']._serialized_start=473
-  _globals['_WORKERSERVICE']._serialized_end=682
+  _globals['_PROCESS']._serialized_start=139
+  _globals['_PROCESS']._serialized_end=261
+  _globals['_LISTPROCESSESREQUEST']._serialized_start=263
+  _globals['_LISTPROCESSESREQUEST']._serialized_end=285
+  _globals['_LISTPROCESSESRESPONSE']._serialized_start=287
+  _globals['_LISTPROCESSESRESPONSE']._serialized_end=386
+  _globals['_STREAMREPLICALOGSREQUEST']._serialized_start=388
+  _globals['_STREAMREPLICALOGSREQUEST']._serialized_end=489
+  _globals['_STREAMREPLICALOGSRESPONSE']._serialized_start=491
+  _globals['_STREAMREPLICALOGSRESPONSE']._serialized_end=592
+  _globals['_LOGPOSITION']._serialized_start=594
+  _globals['_LOGPOSITION']._serialized_end=639
+  _globals['_STREAMMODELLOGSREQUEST']._serialized_start=642
+  _globals['_STREAMMODELLOGSREQUEST']._serialized_end=804
+  _globals['_STREAMMODELLOGSRESPONSE']._serialized_start=807
+  _globals['_STREAMMODELLOGSRESPONSE']._serialized_end=1044
+  _globals['_INSTALLBACKENDREQUEST']._serialized_start=1046
+  _globals['_INSTALLBACKENDREQUEST']._serialized_end=1139
+  _globals['_INSTALLBACKENDRESPONSE']._serialized_start=1142
+  _globals['_INSTALLBACKENDRESPONSE']._serialized_end=1283
+  _globals['_UPGRADEBACKENDREQUEST']._serialized_start=1285
+  _globals['_UPGRADEBACKENDREQUEST']._serialized_end=1378
+  _globals['_UPGRADEBACKENDRESPONSE']._serialized_start=1381
+  _globals['_UPGRADEBACKENDRESPONSE']._serialized_end=1546
+  _globals['_DELETEBACKENDREQUEST']._serialized_start=1548
+  _globals['_DELETEBACKENDREQUEST']._serialized_end=1599
+  _globals['_DELETEBACKENDRESPONSE']._serialized_start=1601
+  _globals['_DELETEBACKENDRESPONSE']._serialized_end=1667
+  _globals['_LISTBACKENDSREQUEST']._serialized_start=1669
+  _globals['_LISTBACKENDSREQUEST']._serialized_end=1690
+  _globals['_LISTBACKENDSRESPONSE']._serialized_start=1692
+  _globals['_LISTBACKENDSRESPONSE']._serialized_end=1778
+  _globals['_WORKERSERVICE']._serialized_start=1781
+  _globals['_WORKERSERVICE']._serialized_end=2459
 # @@protoc_insertion_point(module_scope)

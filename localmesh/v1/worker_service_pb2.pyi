@@ -6,7 +6,9 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from localmesh.v1 import backends_pb2 as _backends_pb2
 from localmesh.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -143,17 +145,384 @@ class StreamReplicaLogsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LINE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     line: _builtins.str
     """The line, without its end."""
+    sequence: _builtins.int
+    """Its number among the lines of the process, from 1."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When the worker saw it."""
+
     def __init__(
         self,
         *,
         line: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["line", b"line"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["line", b"line", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamReplicaLogsResponse: _TypeAlias = StreamReplicaLogsResponse  # noqa: Y015
+
+@_typing.final
+class LogPosition(_message.Message):
+    """How far the lines of one process were received."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIFE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    life: _builtins.int
+    """The process: see StreamModelLogs."""
+    sequence: _builtins.int
+    """Number of the last line received, 0 when there was none."""
+    def __init__(
+        self,
+        *,
+        life: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["life", b"life", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogPosition: _TypeAlias = LogPosition  # noqa: Y015
+
+@_typing.final
+class StreamModelLogsRequest(_message.Message):
+    """Request for StreamModelLogs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    TAIL_LINES_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    index: _builtins.int
+    """Only replicas of this index, if set."""
+    follow: _builtins.bool
+    """Go on with new lines."""
+    tail_lines: _builtins.int
+    """At most this many of the last lines of each replica. 0 means 100. Not used with "resume"."""
+    resume: _builtins.bool
+    """Go on where an earlier stream ended: after "seen", and with processes that are not named there from their first
+    line on.
+    """
+    @_builtins.property
+    def seen(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogPosition]:
+        """How far the earlier stream came."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        index: _builtins.int | None = ...,
+        follow: _builtins.bool = ...,
+        tail_lines: _builtins.int = ...,
+        resume: _builtins.bool = ...,
+        seen: _abc.Iterable[Global___LogPosition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "follow", b"follow", "index", b"index", "model", b"model", "resume", b"resume", "seen", b"seen", "tail_lines", b"tail_lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
+    _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__index) -> _WhichOneofReturnType__index | None: ...
+
+Global___StreamModelLogsRequest: _TypeAlias = StreamModelLogsRequest  # noqa: Y015
+
+@_typing.final
+class StreamModelLogsResponse(_message.Message):
+    """A line of output, or the mark that all lines which were there have been sent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    LOST_BYTES_FIELD_NUMBER: _builtins.int
+    CAUGHT_UP_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    line: _builtins.str
+    """The line, without its end. A line of more than 64 KiB comes in pieces."""
+    life: _builtins.int
+    """Its process."""
+    sequence: _builtins.int
+    """Its number among the lines of that process, from 1."""
+    lost_bytes: _builtins.int
+    """Bytes of that process's output before this line that were given up, because the reader was slower than the log is
+    long.
+    """
+    caught_up: _builtins.bool
+    """The mark: everything that was there has been sent."""
+    @_builtins.property
+    def ref(self) -> _types_pb2.ReplicaRef:
+        """Whose. Unset in the mark."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When the worker saw it, which is about 0.1 s after it was written."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogPosition]:
+        """In the mark: where each process stands, those without a line in this stream included."""
+
+    def __init__(
+        self,
+        *,
+        ref: _types_pb2.ReplicaRef | None = ...,
+        line: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        life: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        lost_bytes: _builtins.int = ...,
+        caught_up: _builtins.bool = ...,
+        positions: _abc.Iterable[Global___LogPosition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "life", b"life", "line", b"line", "lost_bytes", b"lost_bytes", "positions", b"positions", "ref", b"ref", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamModelLogsResponse: _TypeAlias = StreamModelLogsResponse  # noqa: Y015
+
+@_typing.final
+class InstallBackendRequest(_message.Message):
+    """Message of the caller of InstallBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of the archive."""
+    @_builtins.property
+    def order(self) -> _backends_pb2.BackendOrder:
+        """The first message."""
+
+    def __init__(
+        self,
+        *,
+        order: _backends_pb2.BackendOrder | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "order", b"order", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "order", b"order", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["order", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___InstallBackendRequest: _TypeAlias = InstallBackendRequest  # noqa: Y015
+
+@_typing.final
+class InstallBackendResponse(_message.Message):
+    """Message of the worker on InstallBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    unchanged: _builtins.bool
+    """In the last message: it was there already."""
+    @_builtins.property
+    def progress(self) -> _backends_pb2.BackendProgress:
+        """How far it is."""
+
+    @_builtins.property
+    def backend(self) -> _backends_pb2.InstalledBackend:
+        """In the last message: what is there now."""
+
+    def __init__(
+        self,
+        *,
+        progress: _backends_pb2.BackendProgress | None = ...,
+        backend: _backends_pb2.InstalledBackend | None = ...,
+        unchanged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "progress", b"progress", "unchanged", b"unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstallBackendResponse: _TypeAlias = InstallBackendResponse  # noqa: Y015
+
+@_typing.final
+class UpgradeBackendRequest(_message.Message):
+    """Message of the caller of UpgradeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of the archive."""
+    @_builtins.property
+    def order(self) -> _backends_pb2.BackendOrder:
+        """The first message."""
+
+    def __init__(
+        self,
+        *,
+        order: _backends_pb2.BackendOrder | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "order", b"order", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "order", b"order", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["order", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___UpgradeBackendRequest: _TypeAlias = UpgradeBackendRequest  # noqa: Y015
+
+@_typing.final
+class UpgradeBackendResponse(_message.Message):
+    """Message of the worker on UpgradeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _backends_pb2.BackendProgress:
+        """How far it is."""
+
+    @_builtins.property
+    def backend(self) -> _backends_pb2.InstalledBackend:
+        """In the last message: what is there now."""
+
+    @_builtins.property
+    def stopped(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaRef]:
+        """In the last message: replicas that were stopped."""
+
+    def __init__(
+        self,
+        *,
+        progress: _backends_pb2.BackendProgress | None = ...,
+        backend: _backends_pb2.InstalledBackend | None = ...,
+        stopped: _abc.Iterable[_types_pb2.ReplicaRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "progress", b"progress", "stopped", b"stopped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeBackendResponse: _TypeAlias = UpgradeBackendResponse  # noqa: Y015
+
+@_typing.final
+class DeleteBackendRequest(_message.Message):
+    """Request for DeleteBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the backend."""
+    force: _builtins.bool
+    """Stop the replicas that run it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteBackendRequest: _TypeAlias = DeleteBackendRequest  # noqa: Y015
+
+@_typing.final
+class DeleteBackendResponse(_message.Message):
+    """Response of DeleteBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STOPPED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stopped(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaRef]:
+        """Replicas that were stopped."""
+
+    def __init__(
+        self,
+        *,
+        stopped: _abc.Iterable[_types_pb2.ReplicaRef] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stopped", b"stopped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteBackendResponse: _TypeAlias = DeleteBackendResponse  # noqa: Y015
+
+@_typing.final
+class ListBackendsRequest(_message.Message):
+    """Request for ListBackends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBackendsRequest: _TypeAlias = ListBackendsRequest  # noqa: Y015
+
+@_typing.final
+class ListBackendsResponse(_message.Message):
+    """Response of ListBackends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    BACKENDS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the node."""
+    @_builtins.property
+    def backends(self) -> _containers.RepeatedCompositeFieldContainer[_backends_pb2.InstalledBackend]:
+        """The backends, by name."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        backends: _abc.Iterable[_backends_pb2.InstalledBackend] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBackendsResponse: _TypeAlias = ListBackendsResponse  # noqa: Y015

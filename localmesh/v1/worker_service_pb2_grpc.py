@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """The supervisor of one node. It takes no orders here: what to run it learns from the registry.
+    """The supervisor of one node. What to run it learns from the registry, not here; operators install backends here,
+    through a router.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,36 @@ class WorkerServiceStub(object):
                 request_serializer=localmesh_dot_v1_dot_worker__service__pb2.StreamReplicaLogsRequest.SerializeToString,
                 response_deserializer=localmesh_dot_v1_dot_worker__service__pb2.StreamReplicaLogsResponse.FromString,
                 _registered_method=True)
+        self.StreamModelLogs = channel.unary_stream(
+                '/localmesh.v1.WorkerService/StreamModelLogs',
+                request_serializer=localmesh_dot_v1_dot_worker__service__pb2.StreamModelLogsRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_worker__service__pb2.StreamModelLogsResponse.FromString,
+                _registered_method=True)
+        self.InstallBackend = channel.stream_stream(
+                '/localmesh.v1.WorkerService/InstallBackend',
+                request_serializer=localmesh_dot_v1_dot_worker__service__pb2.InstallBackendRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_worker__service__pb2.InstallBackendResponse.FromString,
+                _registered_method=True)
+        self.UpgradeBackend = channel.stream_stream(
+                '/localmesh.v1.WorkerService/UpgradeBackend',
+                request_serializer=localmesh_dot_v1_dot_worker__service__pb2.UpgradeBackendRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_worker__service__pb2.UpgradeBackendResponse.FromString,
+                _registered_method=True)
+        self.DeleteBackend = channel.unary_unary(
+                '/localmesh.v1.WorkerService/DeleteBackend',
+                request_serializer=localmesh_dot_v1_dot_worker__service__pb2.DeleteBackendRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_worker__service__pb2.DeleteBackendResponse.FromString,
+                _registered_method=True)
+        self.ListBackends = channel.unary_unary(
+                '/localmesh.v1.WorkerService/ListBackends',
+                request_serializer=localmesh_dot_v1_dot_worker__service__pb2.ListBackendsRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_worker__service__pb2.ListBackendsResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
-    """The supervisor of one node. It takes no orders here: what to run it learns from the registry.
+    """The supervisor of one node. What to run it learns from the registry, not here; operators install backends here,
+    through a router.
     """
 
     def ListProcesses(self, request, context):
@@ -61,6 +88,61 @@ class WorkerServiceServicer(object):
     def StreamReplicaLogs(self, request, context):
         """Lines of output of one replica: those that are there, then, with "follow", new ones until the process is gone.
         Errors: ERROR_REASON_REPLICA_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamModelLogs(self, request, context):
+        """Lines of output of all replicas of a model on this node, those that have ended lately included, in the order of
+        their time. First come the lines that are there, then one message with "caught_up". With "follow" the stream goes
+        on with new lines, also of replicas that start later, until the caller leaves. A line is sent exactly once.
+
+        A replica's name is given again and again: each process has a number of its own, its "life", and within it lines
+        are counted from 1. To go on after a broken stream, set "resume" and name in "seen" the last line received of each
+        life, those of "positions" included.
+        The output of ended replicas is kept for the last 16 of the node, up to 10 MiB, and at least for the last one.
+        Errors: ERROR_REASON_INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InstallBackend(self, request_iterator, context):
+        """Installs a backend. The first message of the caller is the order; for an archive that is uploaded, "chunk" messages
+        of at most 1 MiB follow, and the end of the caller's stream ends it. The worker answers with progress, and ends the
+        stream after a message with "backend". The same again changes nothing ("unchanged"), and is answered without
+        waiting for an upload. Two callers with the same order share one install and both see its progress; it goes on when
+        callers leave. A failed one leaves nothing behind.
+        Errors: ERROR_REASON_BACKEND_EXISTS when another one of that name is there, ERROR_REASON_BACKEND_INVALID,
+        ERROR_REASON_BACKEND_INSTALL_FAILED, ERROR_REASON_INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpgradeBackend(self, request_iterator, context):
+        """Installs a backend anew, from the same or another source, in the place of one that is there: it is made ready
+        beside the old one; then the replicas that run the old one finish what they do and stop, and the new one takes its
+        place in one step. The mesh starts replicas anew as it wants them. Never a no-op. Messages as in InstallBackend.
+        Errors: ERROR_REASON_BACKEND_NOT_FOUND, ERROR_REASON_BACKEND_INVALID, ERROR_REASON_BACKEND_INSTALL_FAILED,
+        ERROR_REASON_INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteBackend(self, request, context):
+        """Deletes a backend. While replicas run it this is refused, unless "force" is set: then they finish what they do and
+        stop first.
+        Errors: ERROR_REASON_BACKEND_NOT_FOUND, ERROR_REASON_BACKEND_IN_USE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBackends(self, request, context):
+        """The foreign backends of the node, by name, those put there by hand included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +161,31 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=localmesh_dot_v1_dot_worker__service__pb2.StreamReplicaLogsRequest.FromString,
                     response_serializer=localmesh_dot_v1_dot_worker__service__pb2.StreamReplicaLogsResponse.SerializeToString,
             ),
+            'StreamModelLogs': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamModelLogs,
+                    request_deserializer=localmesh_dot_v1_dot_worker__service__pb2.StreamModelLogsRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_worker__service__pb2.StreamModelLogsResponse.SerializeToString,
+            ),
+            'InstallBackend': grpc.stream_stream_rpc_method_handler(
+                    servicer.InstallBackend,
+                    request_deserializer=localmesh_dot_v1_dot_worker__service__pb2.InstallBackendRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_worker__service__pb2.InstallBackendResponse.SerializeToString,
+            ),
+            'UpgradeBackend': grpc.stream_stream_rpc_method_handler(
+                    servicer.UpgradeBackend,
+                    request_deserializer=localmesh_dot_v1_dot_worker__service__pb2.UpgradeBackendRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_worker__service__pb2.UpgradeBackendResponse.SerializeToString,
+            ),
+            'DeleteBackend': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteBackend,
+                    request_deserializer=localmesh_dot_v1_dot_worker__service__pb2.DeleteBackendRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_worker__service__pb2.DeleteBackendResponse.SerializeToString,
+            ),
+            'ListBackends': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBackends,
+                    request_deserializer=localmesh_dot_v1_dot_worker__service__pb2.ListBackendsRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_worker__service__pb2.ListBackendsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'localmesh.v1.WorkerService', rpc_method_handlers)
@@ -88,7 +195,8 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """The supervisor of one node. It takes no orders here: what to run it learns from the registry.
+    """The supervisor of one node. What to run it learns from the registry, not here; operators install backends here,
+    through a router.
     """
 
     @staticmethod
@@ -135,6 +243,141 @@ class WorkerService(object):
             '/localmesh.v1.WorkerService/StreamReplicaLogs',
             localmesh_dot_v1_dot_worker__service__pb2.StreamReplicaLogsRequest.SerializeToString,
             localmesh_dot_v1_dot_worker__service__pb2.StreamReplicaLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamModelLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/localmesh.v1.WorkerService/StreamModelLogs',
+            localmesh_dot_v1_dot_worker__service__pb2.StreamModelLogsRequest.SerializeToString,
+            localmesh_dot_v1_dot_worker__service__pb2.StreamModelLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InstallBackend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/localmesh.v1.WorkerService/InstallBackend',
+            localmesh_dot_v1_dot_worker__service__pb2.InstallBackendRequest.SerializeToString,
+            localmesh_dot_v1_dot_worker__service__pb2.InstallBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpgradeBackend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/localmesh.v1.WorkerService/UpgradeBackend',
+            localmesh_dot_v1_dot_worker__service__pb2.UpgradeBackendRequest.SerializeToString,
+            localmesh_dot_v1_dot_worker__service__pb2.UpgradeBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteBackend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.WorkerService/DeleteBackend',
+            localmesh_dot_v1_dot_worker__service__pb2.DeleteBackendRequest.SerializeToString,
+            localmesh_dot_v1_dot_worker__service__pb2.DeleteBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBackends(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.WorkerService/ListBackends',
+            localmesh_dot_v1_dot_worker__service__pb2.ListBackendsRequest.SerializeToString,
+            localmesh_dot_v1_dot_worker__service__pb2.ListBackendsResponse.FromString,
             options,
             channel_credentials,
             insecure,
