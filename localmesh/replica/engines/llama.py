@@ -43,7 +43,6 @@ _STATM = Path("/proc/self/statm")
 _PAGE = 4096
 _BATCH = 512
 _POLL_SECONDS = 0.25
-_UNLOAD_SECONDS = 5.0
 _SPARE_HTTP_THREADS = 8
 _POOLINGS = ("mean", "cls", "last", "rank")
 _NONE, _RANK = 0, 4
@@ -85,7 +84,7 @@ class LlamaEngine:
         self._config = config
         self._path = config.model_path
         self._model = config.spec.name
-        self._server: list[Any] = []  # a box: emptied in a thread, so that the native destructor never blocks the loop
+        self._server: Any = None
         self._loaded = Loaded(capabilities=frozenset())
         self._socket = config.run_dir / f"llama-{secrets.token_hex(4)}.sock"
         self._key = secrets.token_hex(16)
@@ -121,7 +120,7 @@ class LlamaEngine:
                 # the file is mapped: what has become resident has been read
                 report("loading", max(0, min(size, _resident_bytes() - before)), size)
             try:
-                self._server.append(done.result())
+                self._server = done.result()
             except RuntimeError as error:
                 raise _load_failed(self._config.spec, capture.text() or str(error)) from None
         self._vocabulary = plan.header.vocabulary
@@ -133,10 +132,11 @@ class LlamaEngine:
         raise AssertionError("an event that nobody sets was set")
 
     async def stop(self) -> None:
-        """See Engine."""
-        if self._server:
-            unloading = asyncio.get_running_loop().run_in_executor(None, self._server.clear)
-            await asyncio.wait((unloading,), timeout=_UNLOAD_SECONDS)
+        """See Engine.
+
+        The model stays loaded until the process ends. llama.cpp's destructor joins its threads with the interpreter
+        locked; one of them may wait for a connection to be closed that this interpreter has not closed yet.
+        """
         self._socket.unlink(missing_ok=True)
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Piece, None]:
