@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from localmesh.etcd import txn
-from localmesh.etcd.client import EtcdClient
 from localmesh.etcd.errors import EtcdError, LeaseExpired, UnknownOutcome, WatchLost
 from localmesh.etcd.keys import Key, as_bytes
 from localmesh.etcd.lease import LeaseSession
 from localmesh.etcd.messages import EventKind, KeyValue, RangeResult
 from localmesh.etcd.tasks import until_one_ends
+
+if TYPE_CHECKING:
+    from localmesh.etcd.client import EtcdClient
 
 
 @dataclass(frozen=True, slots=True)

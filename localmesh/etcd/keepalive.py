@@ -55,6 +55,7 @@ class KeepAlive:
         self._waiting: dict[int, _Waiting] = {}
         self._changed = asyncio.Event()
         self._started = False
+        self._acknowledged = False  # anything, since the last stream was lost
 
     @property
     def waiting(self) -> int:
@@ -102,10 +103,9 @@ class KeepAlive:
                 logger.info("keep-alive stream to %s lost: %s", endpoint.address, lost)
             self._transport.failed(endpoint)
             for waiting in self._waiting.values():
-                if waiting.sent_at is None:
-                    continue
                 waiting.sent_at = None
-                next_backoff = backoff_steps()  # the stream had worked until something was sent on it
+            if self._acknowledged:
+                self._acknowledged, next_backoff = False, backoff_steps()
             await asyncio.sleep(next_backoff())
 
     async def _converse(self, endpoint: Endpoint) -> None:
@@ -147,6 +147,7 @@ class KeepAlive:
     async def _receive(self, call: Any, endpoint: Endpoint) -> None:
         while (response := await call.read()) is not grpc.aio.EOF:
             endpoint.heard()
+            self._acknowledged = True
             waiting = self._waiting.pop(response.ID, None)
             if waiting is None or waiting.sent_at is None:
                 continue  # everyone who asked has given up meanwhile

@@ -6,12 +6,12 @@ import asyncio
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from localmesh.etcd.election import Election, Leadership
 from localmesh.etcd.errors import EtcdError
 from localmesh.etcd.lease import LeaseSession
 
 if TYPE_CHECKING:
     from localmesh.etcd.client import EtcdClient
-    from localmesh.etcd.election import Leadership
 
 
 class Lock:
@@ -26,8 +26,6 @@ class Lock:
 
     async def acquire(self, timeout: float | None = 10.0) -> bool:
         """Take the lock; return False if it is held by another for `timeout` seconds (None: wait for ever)."""
-        from localmesh.etcd.election import Election  # it builds on the client, which offers this lock
-
         if self._session is not None:
             raise EtcdError(f"{self.key!r} is already held by this object")
         session = self._client.session(self._ttl_seconds)

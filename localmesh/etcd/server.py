@@ -148,18 +148,19 @@ class EtcdServer:
         try:
             for tries_left in reversed(range(_PORT_TRIES)):
                 self._port = self._wanted_port or _free_port(self._host)
-                if await self._start_once(may_retry=tries_left > 0 and not self._wanted_port):
+                may_retry = tries_left > 0 and not self._wanted_port
+                if await self._start_once(self._temporary, may_retry=may_retry):
                     return
         except BaseException:
             await self.stop()
             raise
 
-    async def _start_once(self, *, may_retry: bool) -> bool:
+    async def _start_once(self, temporary: Path, *, may_retry: bool) -> bool:
         """Return False if somebody took the port that was free a moment ago, and it is worth another try."""
         log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command(), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+                *self._command(temporary), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
             )
         if await self._is_ready():
             return True
@@ -171,18 +172,17 @@ class EtcdServer:
         state = f"ended with {died}" if died is not None else f"took no write in {self._start_seconds} s"
         raise ServerStartError(f"etcd {self._binary.version} {state}{_hint(tail)}; its log ends:\n{tail}")
 
-    def _command(self) -> list[str]:
+    def _command(self, temporary: Path) -> list[str]:
         # One member elects itself: a short election saves a second at each start. It also lowers etcd's
         # smallest TTL of a lease to 1 s, it is 1.5 times the election time-out.
         scheme = "https" if self._tls else "http"
         host = f"[{self._host}]" if ":" in self._host else self._host
         client_url = f"{scheme}://{host}:{self._port}"
         peer_url = f"http://{host}:0"  # nobody joins: any port will do, and none is announced
-        assert self._temporary is not None  # noqa: S101 - set by start(), which alone calls this
         command = [
             str(self._binary.path),
             *("--name", "localmesh"),
-            *("--data-dir", str(self._data_dir or self._temporary / "data")),
+            *("--data-dir", str(self._data_dir or temporary / "data")),
             *("--listen-client-urls", client_url, "--advertise-client-urls", client_url),
             *("--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url),
             *("--initial-cluster", f"localmesh={peer_url}"),

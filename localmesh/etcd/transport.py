@@ -273,7 +273,7 @@ class Transport:
                 error = ConnectionFailedError(f"no connection to etcd at {endpoint.address}")
                 return Verdict(Action.TRY_ELSEWHERE, error)
             limit = min(left, self.config.write_timeout_seconds)
-        token = await self.token() if method is not AUTHENTICATE else ""
+        token = await self.token(self.clock.monotonic() + left) if method is not AUTHENTICATE else ""
         try:
             answer = await endpoint.unary(method)(
                 request, timeout=limit, metadata=_metadata(token, needs_leader=needs_leader)
@@ -304,7 +304,7 @@ class Transport:
         left = deadline - self.clock.monotonic()
         await asyncio.sleep(max(0.0, min(jittered(backoff), left)))
 
-    async def token(self) -> str:
+    async def token(self, deadline: float | None = None) -> str:
         """Return the auth token, "" where no user is configured or etcd wants none."""
         if not self.config.user:
             return ""
@@ -312,7 +312,7 @@ class Transport:
             return self._token
         async with self._authenticating:
             if self._token is None:
-                self._token = await self._authenticate()
+                self._token = await self._authenticate(deadline)
             return self._token
 
     def token_refused(self, token: str) -> None:
@@ -333,10 +333,10 @@ class Transport:
             self.forget_token()
         return StreamLost(f"{details} ({error.code().name})")
 
-    async def _authenticate(self) -> str:
+    async def _authenticate(self, deadline: float | None) -> str:
         request = pb.AuthenticateRequest(name=self.config.user, password=self.config.password)
         try:
-            answer = await self.call(AUTHENTICATE, request, may_repeat=True)
+            answer = await self.call(AUTHENTICATE, request, may_repeat=True, deadline=deadline)
         except PreconditionFailedError as error:
             if "authentication is not enabled" in error.details:
                 return ""

@@ -127,6 +127,7 @@ class _Upstream:
             except (StreamLost, EtcdError) as lost:
                 logger.info("watch of %r on %s lost: %s", self.target.key, endpoint.address, lost)
             except Exception as error:
+                # The edge: followers must learn that nothing comes any more.
                 logger.exception("watch of %r died", self.target.key)
                 self.fail(EtcdError(f"the watch died of a bug: {error!r}"))
                 return

@@ -90,7 +90,7 @@ async def cluster(etcd_binary: EtcdBinary) -> AsyncIterator[Cluster]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():
             await asyncio.sleep(0.02)
 
 

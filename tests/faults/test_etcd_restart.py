@@ -77,7 +77,7 @@ async def etcd(etcd_binary: EtcdBinary, tmp_path: Path) -> AsyncIterator[Restart
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SECONDS):
-        while not condition():  # noqa: ASYNC110 - conditions outside this process have no event
+        while not condition():
             await asyncio.sleep(0.02)
 
 

@@ -54,7 +54,7 @@ async def test_the_fence_moves_with_each_acknowledged_refresh_and_counts_from_it
         assert before + session.ttl_seconds <= session.fence <= CLOCK.monotonic() + session.ttl_seconds
         first = session.fence
         async with asyncio.timeout(SECONDS):
-            while session.fence == first:  # noqa: ASYNC110 - there is no event for it
+            while session.fence == first:
                 await asyncio.sleep(0.05)
         assert session.fence <= CLOCK.monotonic() + session.ttl_seconds
         assert session.alive(session.fence - 0.01)
@@ -185,7 +185,7 @@ async def test_who_leads_can_be_observed_and_proclaimed(client: EtcdClient, base
 
     async with client.session(5) as session, asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         observer = group.create_task(observe())
-        while not seen:  # noqa: ASYNC110 - there is no event for it
+        while not seen:
             await asyncio.sleep(0.01)
         leadership = await election.campaign(key, "a", session)
         await election.proclaim(leadership, "b")

@@ -162,7 +162,7 @@ async def test_a_cancelled_start_leaves_no_process(etcd_binary: EtcdBinary, tmp_
     async with asyncio.TaskGroup() as group:
         starting = group.create_task(server.start())
         async with asyncio.timeout(SECONDS):
-            while server._process is None:  # noqa: ASYNC110 - there is no event for it
+            while server._process is None:
                 await asyncio.sleep(0)
         process = server.process
         starting.cancel()
