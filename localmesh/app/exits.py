@@ -52,7 +52,7 @@ _ROWS: tuple[tuple[tuple[type[MeshError], ...], Exit], ...] = (
     ((e.NoCapacity, e.NoNodes, e.Overloaded, e.ModelLoading, e.ReplicaRefused, e.ReplicaLost), Exit.NOT_NOW),
     ((e.Conflict, e.IncarnationLost), Exit.NOT_NOW),
     ((e.SourceMissing, e.EngineUnavailable, e.LoadFailed, e.CapabilityUnsupported, e.MethodUnknown), Exit.CANNOT),
-    ((e.SchemaUnsupported, e.BackendExists, e.BackendInUse, e.BackendInstallFailed), Exit.CANNOT),
+    ((e.SchemaUnsupported, e.NodeInUse, e.BackendExists, e.BackendInUse, e.BackendInstallFailed), Exit.CANNOT),
     ((e.Unauthenticated, e.PermissionDenied, e.JoinTokenInvalid, e.NodePending, e.NodeNameTaken), Exit.NOT_ALLOWED),
 )
 

@@ -13,12 +13,12 @@ from localmesh.app.config_reader import child_environment
 from localmesh.app.lifeline import Ready
 from localmesh.app.names import node_name_of_host, worker_folder
 from localmesh.app.serving import tells_who_served, tls_files
+from localmesh.core.budgets import budget_bytes
 from localmesh.core.clock import SystemClock
 from localmesh.core.ids import NodeName, node_name
 from localmesh.rpc.addresses import parse_listen, split_host_port
 from localmesh.rpc.errors import ConfigError
 from localmesh.worker.agent import Worker
-from localmesh.worker.budgets import budget_bytes
 from localmesh.worker.config import WorkerConfig
 from localmesh.worker.ports import PortRange
 

@@ -11,6 +11,8 @@ _HINTS: Mapping[type[MeshError], str] = MappingProxyType(
         e.ComponentUnreachable: "Start a mesh here with `localmesh up`, or name another with --router and --registry.",
         e.ModelNotFound: "`localmesh models` lists those that there are; `localmesh apply -f FILE` declares one.",
         e.NodeNotFound: "`localmesh nodes` lists those that there are.",
+        e.NodeInUse: "`localmesh node drain NODE` moves its replicas away; `--force` removes it as it is.",
+        e.NodeNameTaken: "Give this machine another --name, or forget the other one: `localmesh node remove NODE`.",
         e.ReplicaNotFound: "`localmesh replicas` lists those that there are.",
         e.NoCapacity: "`localmesh nodes` shows what is free.",
         e.NoNodes: "Start a worker: `localmesh worker`.",

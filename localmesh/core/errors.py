@@ -10,7 +10,7 @@ MeshError
   ReplicaRefused: ReplicaFull, ReplicaStale, ReplicaDraining     (no work was done: always safe elsewhere)
   ReplicaLost, EngineFailed
   StoreUnavailable, Conflict, SchemaUnsupported, ComponentUnreachable
-  NodePending, NodeNameTaken, IncarnationLost, JoinTokenInvalid, Unauthenticated, PermissionDenied
+  NodePending, NodeNameTaken, NodeInUse, IncarnationLost, JoinTokenInvalid, Unauthenticated, PermissionDenied
   BackendNotFound, BackendExists, BackendInUse, BackendInvalid, BackendInstallFailed
 
 The message is one or two sentences for a person: what happened, and what to do. Everything in it that varies is in
@@ -212,6 +212,12 @@ class NodeNameTaken(MeshError):
     """The node's name belongs to another key."""
 
     reason = "NODE_NAME_TAKEN"
+
+
+class NodeInUse(MeshError):
+    """The node has replicas."""
+
+    reason = "NODE_IN_USE"
 
 
 class IncarnationLost(MeshError):

@@ -104,6 +104,11 @@ class ApprovalRecord:
     cordoned: bool = False
     draining: bool = False
     labels: Mapping[str, str] = field(default_factory=_nothing)
+    max_replicas_per_model: int = 0
+    """In place of what the worker says; 0 leaves it at that."""
+    memory_budgets: Mapping[str, str] = field(default_factory=_nothing)
+    """In place of what the worker says, by device id, or "*" for every other device: "80%", "12GiB" or bytes. See
+    localmesh.core.budgets."""
     mod_revision: int = 0
 
 
@@ -172,9 +177,13 @@ class DeviceRecord:
     kind: str
     """"cpu" or "gpu"."""
     total_bytes: int
+    """All of it, whatever the budget."""
     budget_bytes: int
+    """What may be claimed: the operator's override where there is one, else what the worker says."""
     name: str = ""
     unified: bool = False
+    worker_budget_bytes: int = 0
+    """What the worker says that may be claimed; 0 in a record of a version that did not keep it."""
     claims: Mapping[ReplicaId, int] = field(default_factory=lambda: MappingProxyType({}))
     mod_revision: int = 0
 

@@ -53,6 +53,7 @@ WIRE: Final[Mapping[type[MeshError], tuple[Any, "pb.ErrorReason.ValueType"]]] = 
     e.ComponentUnreachable: (_C.UNAVAILABLE, pb.ERROR_REASON_COMPONENT_UNREACHABLE),
     e.NodePending: (_C.FAILED_PRECONDITION, pb.ERROR_REASON_NODE_PENDING),
     e.NodeNameTaken: (_C.ALREADY_EXISTS, pb.ERROR_REASON_NODE_NAME_TAKEN),
+    e.NodeInUse: (_C.FAILED_PRECONDITION, pb.ERROR_REASON_NODE_IN_USE),
     e.IncarnationLost: (_C.FAILED_PRECONDITION, pb.ERROR_REASON_INCARNATION_LOST),
     e.JoinTokenInvalid: (_C.UNAUTHENTICATED, pb.ERROR_REASON_JOIN_TOKEN_INVALID),
     e.Unauthenticated: (_C.UNAUTHENTICATED, pb.ERROR_REASON_UNAUTHENTICATED),

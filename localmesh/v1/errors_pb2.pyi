@@ -110,6 +110,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The caller showed no identity of this mesh. Status: UNAUTHENTICATED. Retry: no."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 85
     """The caller's identity may not do this. Status: PERMISSION_DENIED. Retry: no. Metadata: "identity"."""
+    ERROR_REASON_NODE_IN_USE: _ErrorReason.ValueType  # 86
+    """The node has replicas: drain it first, or force it. Status: FAILED_PRECONDITION. Retry: later.
+    Metadata: "node", "replicas".
+    """
     ERROR_REASON_BACKEND_NOT_FOUND: _ErrorReason.ValueType  # 100
     """The node has no such backend, or none that can be changed from here. Status: NOT_FOUND. Retry: no.
     Metadata: "backend", "node".
@@ -223,6 +227,10 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 84
 """The caller showed no identity of this mesh. Status: UNAUTHENTICATED. Retry: no."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 85
 """The caller's identity may not do this. Status: PERMISSION_DENIED. Retry: no. Metadata: "identity"."""
+ERROR_REASON_NODE_IN_USE: ErrorReason.ValueType  # 86
+"""The node has replicas: drain it first, or force it. Status: FAILED_PRECONDITION. Retry: later.
+Metadata: "node", "replicas".
+"""
 ERROR_REASON_BACKEND_NOT_FOUND: ErrorReason.ValueType  # 100
 """The node has no such backend, or none that can be changed from here. Status: NOT_FOUND. Retry: no.
 Metadata: "backend", "node".

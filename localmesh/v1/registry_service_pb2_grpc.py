@@ -60,6 +60,51 @@ class RegistryServiceStub(object):
                 request_serializer=localmesh_dot_v1_dot_registry__service__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.ApproveNode = channel.unary_unary(
+                '/localmesh.v1.RegistryService/ApproveNode',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.ApproveNodeRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ApproveNodeResponse.FromString,
+                _registered_method=True)
+        self.CordonNode = channel.unary_unary(
+                '/localmesh.v1.RegistryService/CordonNode',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.CordonNodeRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.CordonNodeResponse.FromString,
+                _registered_method=True)
+        self.UncordonNode = channel.unary_unary(
+                '/localmesh.v1.RegistryService/UncordonNode',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.UncordonNodeRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.UncordonNodeResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/localmesh.v1.RegistryService/DrainNode',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.ResumeNode = channel.unary_unary(
+                '/localmesh.v1.RegistryService/ResumeNode',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.ResumeNodeRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ResumeNodeResponse.FromString,
+                _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/localmesh.v1.RegistryService/RemoveNode',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.RemoveNodeResponse.FromString,
+                _registered_method=True)
+        self.SetNodeLabels = channel.unary_unary(
+                '/localmesh.v1.RegistryService/SetNodeLabels',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeLabelsRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeLabelsResponse.FromString,
+                _registered_method=True)
+        self.SetNodeOverrides = channel.unary_unary(
+                '/localmesh.v1.RegistryService/SetNodeOverrides',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeOverridesRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeOverridesResponse.FromString,
+                _registered_method=True)
+        self.ResetNodeOverrides = channel.unary_unary(
+                '/localmesh.v1.RegistryService/ResetNodeOverrides',
+                request_serializer=localmesh_dot_v1_dot_registry__service__pb2.ResetNodeOverridesRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ResetNodeOverridesResponse.FromString,
+                _registered_method=True)
         self.ListReplicas = channel.unary_unary(
                 '/localmesh.v1.RegistryService/ListReplicas',
                 request_serializer=localmesh_dot_v1_dot_registry__service__pb2.ListReplicasRequest.SerializeToString,
@@ -124,6 +169,85 @@ class RegistryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ApproveNode(self, request, context):
+        """Lets a node in that waits, and binds its name to the key that it has shown. Again changes nothing.
+
+        With key_fingerprint it also approves a node that has not come yet.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_INVALID_REQUEST if it waits with another key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CordonNode(self, request, context):
+        """Keeps new replicas and new requests from a node; what runs finishes. It holds until UncordonNode, whatever the node
+        does. Again changes nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UncordonNode(self, request, context):
+        """Ends a cordon; a node that drains goes on draining. Again changes nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Empties a node: as a cordon, and what it has is moved to other nodes where they have room and then stopped. Answers
+        at once; ListReplicas shows what is left. It holds until ResumeNode, whatever the node does. Again changes nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeNode(self, request, context):
+        """Ends a drain; a node that was cordoned before stays so. Again changes nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNode(self, request, context):
+        """Forgets a node: approval, key, labels and overrides. Another machine may have its name then. The same machine is a
+        new one when it comes again: where nodes are approved automatically, that is at once.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_NODE_IN_USE while it has replicas, unless forced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetNodeLabels(self, request, context):
+        """Sets and removes labels of the operator. They win over the worker's and survive re-registration. Again changes
+        nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetNodeOverrides(self, request, context):
+        """Says how much of a node may be used, in place of what its worker says. Survives re-registration. A budget below what
+        is claimed stops nothing that runs. Again changes nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_INVALID_REQUEST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetNodeOverrides(self, request, context):
+        """Takes overrides back: the worker's word holds again. Again changes nothing.
+        Errors: ERROR_REASON_NODE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListReplicas(self, request, context):
         """Replicas by model, node and index.
         """
@@ -134,7 +258,11 @@ class RegistryServiceServicer(object):
     def Register(self, request, context):
         """Makes a worker a node of the mesh. Replicas that it runs and that are still wanted are taken over without a
         reload; the response names those to stop.
-        Errors: ERROR_REASON_NODE_PENDING, ERROR_REASON_NODE_NAME_TAKEN.
+
+        A node that nobody knows is approved where the mesh approves automatically, or with the right join token; else it
+        is pending until an operator approves it, and asks again after google.rpc.RetryInfo. Nothing in the request changes
+        what an operator said of the node.
+        Errors: ERROR_REASON_NODE_PENDING, ERROR_REASON_NODE_NAME_TAKEN, ERROR_REASON_JOIN_TOKEN_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +319,51 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ListNodesRequest.FromString,
                     response_serializer=localmesh_dot_v1_dot_registry__service__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'ApproveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveNode,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ApproveNodeRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.ApproveNodeResponse.SerializeToString,
+            ),
+            'CordonNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.CordonNode,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.CordonNodeRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.CordonNodeResponse.SerializeToString,
+            ),
+            'UncordonNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UncordonNode,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.UncordonNodeRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.UncordonNodeResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'ResumeNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeNode,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ResumeNodeRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.ResumeNodeResponse.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.RemoveNodeResponse.SerializeToString,
+            ),
+            'SetNodeLabels': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNodeLabels,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeLabelsRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeLabelsResponse.SerializeToString,
+            ),
+            'SetNodeOverrides': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNodeOverrides,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeOverridesRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.SetNodeOverridesResponse.SerializeToString,
+            ),
+            'ResetNodeOverrides': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetNodeOverrides,
+                    request_deserializer=localmesh_dot_v1_dot_registry__service__pb2.ResetNodeOverridesRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_registry__service__pb2.ResetNodeOverridesResponse.SerializeToString,
             ),
             'ListReplicas': grpc.unary_unary_rpc_method_handler(
                     servicer.ListReplicas,
@@ -349,6 +522,249 @@ class RegistryService(object):
             '/localmesh.v1.RegistryService/ListNodes',
             localmesh_dot_v1_dot_registry__service__pb2.ListNodesRequest.SerializeToString,
             localmesh_dot_v1_dot_registry__service__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApproveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/ApproveNode',
+            localmesh_dot_v1_dot_registry__service__pb2.ApproveNodeRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.ApproveNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CordonNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/CordonNode',
+            localmesh_dot_v1_dot_registry__service__pb2.CordonNodeRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.CordonNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UncordonNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/UncordonNode',
+            localmesh_dot_v1_dot_registry__service__pb2.UncordonNodeRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.UncordonNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/DrainNode',
+            localmesh_dot_v1_dot_registry__service__pb2.DrainNodeRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/ResumeNode',
+            localmesh_dot_v1_dot_registry__service__pb2.ResumeNodeRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.ResumeNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/RemoveNode',
+            localmesh_dot_v1_dot_registry__service__pb2.RemoveNodeRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.RemoveNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNodeLabels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/SetNodeLabels',
+            localmesh_dot_v1_dot_registry__service__pb2.SetNodeLabelsRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.SetNodeLabelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNodeOverrides(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/SetNodeOverrides',
+            localmesh_dot_v1_dot_registry__service__pb2.SetNodeOverridesRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.SetNodeOverridesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetNodeOverrides(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RegistryService/ResetNodeOverrides',
+            localmesh_dot_v1_dot_registry__service__pb2.ResetNodeOverridesRequest.SerializeToString,
+            localmesh_dot_v1_dot_registry__service__pb2.ResetNodeOverridesResponse.FromString,
             options,
             channel_credentials,
             insecure,

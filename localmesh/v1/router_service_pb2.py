@@ -26,13 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from localmesh.v1 import types_pb2 as localmesh_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!localmesh/v1/router_service.proto\x12\x0clocalmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18localmesh/v1/types.proto\"$\n\x13\x45nsureLoadedRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x14\x45nsureLoadedResponse\x12&\n\x07replica\x18\x01 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\r\n\x05ready\x18\x02 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xa8\x02\n\x11GetStatusResponse\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x16\n\x0estore_revision\x18\x02 \x01(\x03\x12\x17\n\x0fstore_connected\x18\x03 \x01(\x08\x12\x30\n\rstore_silence\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x12\n\nreconciler\x18\x06 \x01(\t\x12\x0e\n\x06router\x18\x07 \x01(\t\x12\x12\n\nlive_nodes\x18\x08 \x01(\x05\x12\r\n\x05nodes\x18\t \x01(\x05\x12\x0e\n\x06models\x18\n \x01(\x05\x12\x16\n\x0eready_replicas\x18\x0b \x01(\x05\x12\x10\n\x08replicas\x18\x0c \x01(\x05\x12\x10\n\x08warnings\x18\r \x03(\t\"r\n\x11StreamLogsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x12\n\ntail_lines\x18\x05 \x01(\x05\x42\x08\n\x06_index\"I\n\x12StreamLogsResponse\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0c\n\x04line\x18\x02 \x01(\t2\x89\x02\n\rRouterService\x12W\n\x0c\x45nsureLoaded\x12!.localmesh.v1.EnsureLoadedRequest\x1a\".localmesh.v1.EnsureLoadedResponse0\x01\x12L\n\tGetStatus\x12\x1e.localmesh.v1.GetStatusRequest\x1a\x1f.localmesh.v1.GetStatusResponse\x12Q\n\nStreamLogs\x12\x1f.localmesh.v1.StreamLogsRequest\x1a .localmesh.v1.StreamLogsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!localmesh/v1/router_service.proto\x12\x0clocalmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18localmesh/v1/types.proto\"$\n\x13\x45nsureLoadedRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x14\x45nsureLoadedResponse\x12&\n\x07replica\x18\x01 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\r\n\x05ready\x18\x02 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xa8\x02\n\x11GetStatusResponse\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x16\n\x0estore_revision\x18\x02 \x01(\x03\x12\x17\n\x0fstore_connected\x18\x03 \x01(\x08\x12\x30\n\rstore_silence\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x12\n\nreconciler\x18\x06 \x01(\t\x12\x0e\n\x06router\x18\x07 \x01(\t\x12\x12\n\nlive_nodes\x18\x08 \x01(\x05\x12\r\n\x05nodes\x18\t \x01(\x05\x12\x0e\n\x06models\x18\n \x01(\x05\x12\x16\n\x0eready_replicas\x18\x0b \x01(\x05\x12\x10\n\x08replicas\x18\x0c \x01(\x05\x12\x10\n\x08warnings\x18\r \x03(\t\"r\n\x11StreamLogsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x12\n\ntail_lines\x18\x05 \x01(\x05\x42\x08\n\x06_index\"I\n\x12StreamLogsResponse\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0c\n\x04line\x18\x02 \x01(\t\"~\n\x17\x45xplainPlacementRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.localmesh.v1.ModelSpec\x12-\n\x06policy\x18\x03 \x01(\x0b\x32\x1d.localmesh.v1.PlacementPolicy\"]\n\rFilterVerdict\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12,\n\x07outcome\x18\x02 \x01(\x0e\x32\x1b.localmesh.v1.FilterOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\".\n\rScorerVerdict\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x03\"\xa0\x01\n\rDeviceVerdict\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x03\x12\x15\n\rclaimed_bytes\x18\x04 \x01(\x03\x12\x12\n\nroom_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cneeded_bytes\x18\x06 \x01(\x03\x12\x0e\n\x06\x63hosen\x18\x07 \x01(\x08\x12\x0e\n\x06reason\x18\x08 \x01(\t\"\xb2\x01\n\x0bNodeVerdict\x12\x0c\n\x04node\x18\x01 \x01(\t\x12,\n\x07\x66ilters\x18\x02 \x03(\x0b\x32\x1b.localmesh.v1.FilterVerdict\x12,\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.localmesh.v1.DeviceVerdict\x12+\n\x06scores\x18\x04 \x03(\x0b\x32\x1b.localmesh.v1.ScorerVerdict\x12\x0c\n\x04rank\x18\x05 \x01(\x05\"\xa2\x02\n\x18\x45xplainPlacementResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12(\n\x05nodes\x18\x04 \x03(\x0b\x32\x19.localmesh.v1.NodeVerdict\x12%\n\x06\x63hosen\x18\x05 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x10\n\x08replicas\x18\x08 \x01(\x05\x12\x14\n\x0cmin_replicas\x18\t \x01(\x05\x12+\n\x08\x66\x61ilures\x18\n \x03(\x0b\x32\x19.localmesh.v1.LoadFailure\x12\r\n\x05notes\x18\x0b \x03(\t*\x81\x01\n\rFilterOutcome\x12\x1e\n\x1a\x46ILTER_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46ILTER_OUTCOME_PASSED\x10\x01\x12\x19\n\x15\x46ILTER_OUTCOME_FAILED\x10\x02\x12\x1a\n\x16\x46ILTER_OUTCOME_SKIPPED\x10\x03\x32\xec\x02\n\rRouterService\x12W\n\x0c\x45nsureLoaded\x12!.localmesh.v1.EnsureLoadedRequest\x1a\".localmesh.v1.EnsureLoadedResponse0\x01\x12L\n\tGetStatus\x12\x1e.localmesh.v1.GetStatusRequest\x1a\x1f.localmesh.v1.GetStatusResponse\x12Q\n\nStreamLogs\x12\x1f.localmesh.v1.StreamLogsRequest\x1a .localmesh.v1.StreamLogsResponse0\x01\x12\x61\n\x10\x45xplainPlacement\x12%.localmesh.v1.ExplainPlacementRequest\x1a&.localmesh.v1.ExplainPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'localmesh.v1.router_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_FILTEROUTCOME']._serialized_start=1645
+  _globals['_FILTEROUTCOME']._serialized_end=1774
   _globals['_ENSURELOADEDREQUEST']._serialized_start=109
   _globals['_ENSURELOADEDREQUEST']._serialized_end=145
   _globals['_ENSURELOADEDRESPONSE']._serialized_start=147
@@ -45,6 +47,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMLOGSREQUEST']._serialized_end=659
   _globals['_STREAMLOGSRESPONSE']._serialized_start=661
   _globals['_STREAMLOGSRESPONSE']._serialized_end=734
-  _globals['_ROUTERSERVICE']._serialized_start=737
-  _globals['_ROUTERSERVICE']._serialized_end=1002
+  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_start=736
+  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_end=862
+  _globals['_FILTERVERDICT']._serialized_start=864
+  _globals['_FILTERVERDICT']._serialized_end=957
+  _globals['_SCORERVERDICT']._serialized_start=959
+  _globals['_SCORERVERDICT']._serialized_end=1005
+  _globals['_DEVICEVERDICT']._serialized_start=1008
+  _globals['_DEVICEVERDICT']._serialized_end=1168
+  _globals['_NODEVERDICT']._serialized_start=1171
+  _globals['_NODEVERDICT']._serialized_end=1349
+  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_start=1352
+  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_end=1642
+  _globals['_ROUTERSERVICE']._serialized_start=1777
+  _globals['_ROUTERSERVICE']._serialized_end=2141
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from localmesh.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _FilterOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FilterOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FilterOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FILTER_OUTCOME_UNSPECIFIED: _FilterOutcome.ValueType  # 0
+    """Never sent."""
+    FILTER_OUTCOME_PASSED: _FilterOutcome.ValueType  # 1
+    """The node may take the replica as far as this filter goes."""
+    FILTER_OUTCOME_FAILED: _FilterOutcome.ValueType  # 2
+    """It may not."""
+    FILTER_OUTCOME_SKIPPED: _FilterOutcome.ValueType  # 3
+    """Nothing can be said, because another filter failed."""
+
+class FilterOutcome(_FilterOutcome, metaclass=_FilterOutcomeEnumTypeWrapper):
+    """What a filter says of a node."""
+
+FILTER_OUTCOME_UNSPECIFIED: FilterOutcome.ValueType  # 0
+"""Never sent."""
+FILTER_OUTCOME_PASSED: FilterOutcome.ValueType  # 1
+"""The node may take the replica as far as this filter goes."""
+FILTER_OUTCOME_FAILED: FilterOutcome.ValueType  # 2
+"""It may not."""
+FILTER_OUTCOME_SKIPPED: FilterOutcome.ValueType  # 3
+"""Nothing can be said, because another filter failed."""
+Global___FilterOutcome: _TypeAlias = FilterOutcome  # noqa: Y015
 
 @_typing.final
 class EnsureLoadedRequest(_message.Message):
@@ -228,3 +257,259 @@ class StreamLogsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamLogsResponse: _TypeAlias = StreamLogsResponse  # noqa: Y015
+
+@_typing.final
+class ExplainPlacementRequest(_message.Message):
+    """Request for ExplainPlacement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """A declared model. May be left out with "spec"."""
+    @_builtins.property
+    def spec(self) -> _types_pb2.ModelSpec:
+        """Explain as if this were applied. What nodes have already found for the same engine and source is taken as known."""
+
+    @_builtins.property
+    def policy(self) -> _types_pb2.PlacementPolicy:
+        """With "spec": its policy. Unset: that of the model of that name, or the default."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        spec: _types_pb2.ModelSpec | None = ...,
+        policy: _types_pb2.PlacementPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "policy", b"policy", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPlacementRequest: _TypeAlias = ExplainPlacementRequest  # noqa: Y015
+
+@_typing.final
+class FilterVerdict(_message.Message):
+    """One filter's verdict on a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    filter: _builtins.str
+    """Name of the filter."""
+    outcome: Global___FilterOutcome.ValueType
+    """What it says."""
+    reason: _builtins.str
+    """Why it failed, a sentence without a full stop. Empty otherwise."""
+    def __init__(
+        self,
+        *,
+        filter: _builtins.str = ...,
+        outcome: Global___FilterOutcome.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "outcome", b"outcome", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterVerdict: _TypeAlias = FilterVerdict  # noqa: Y015
+
+@_typing.final
+class ScorerVerdict(_message.Message):
+    """One scorer's view of a node that passed all filters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORER_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    scorer: _builtins.str
+    """Name of the scorer. The first one that tells two nodes apart decides."""
+    score: _builtins.int
+    """Less is better. Comparable between nodes of one answer only."""
+    def __init__(
+        self,
+        *,
+        scorer: _builtins.str = ...,
+        score: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["score", b"score", "scorer", b"scorer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScorerVerdict: _TypeAlias = ScorerVerdict  # noqa: Y015
+
+@_typing.final
+class DeviceVerdict(_message.Message):
+    """One device of a node, as a placement looks at it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    CLAIMED_BYTES_FIELD_NUMBER: _builtins.int
+    ROOM_BYTES_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """"cpu" or the GPU's UUID."""
+    kind: _builtins.str
+    """"cpu" or "gpu"."""
+    budget_bytes: _builtins.int
+    """Bytes that may be claimed in all."""
+    claimed_bytes: _builtins.int
+    """Bytes that are claimed."""
+    room_bytes: _builtins.int
+    """Bytes that can be claimed now: what is unclaimed, of all devices that share the memory together, or what was
+    measured to be free if that is less. Negative after a budget was lowered.
+    """
+    needed_bytes: _builtins.int
+    """Bytes that the replica needs on it."""
+    chosen: _builtins.bool
+    """The replica would take it."""
+    reason: _builtins.str
+    """Why it cannot be taken, a sentence without a full stop. Empty otherwise."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        budget_bytes: _builtins.int = ...,
+        claimed_bytes: _builtins.int = ...,
+        room_bytes: _builtins.int = ...,
+        needed_bytes: _builtins.int = ...,
+        chosen: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "chosen", b"chosen", "claimed_bytes", b"claimed_bytes", "id", b"id", "kind", b"kind", "needed_bytes", b"needed_bytes", "reason", b"reason", "room_bytes", b"room_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceVerdict: _TypeAlias = DeviceVerdict  # noqa: Y015
+
+@_typing.final
+class NodeVerdict(_message.Message):
+    """What a placement says of a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    FILTERS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """The node."""
+    rank: _builtins.int
+    """Place among the nodes that passed all filters, from 1. 0 when a filter failed."""
+    @_builtins.property
+    def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterVerdict]:
+        """Every filter's verdict, in their order."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceVerdict]:
+        """Every device's."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScorerVerdict]:
+        """Every scorer's, in their order. Empty when a filter failed."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        filters: _abc.Iterable[Global___FilterVerdict] | None = ...,
+        devices: _abc.Iterable[Global___DeviceVerdict] | None = ...,
+        scores: _abc.Iterable[Global___ScorerVerdict] | None = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "filters", b"filters", "node", b"node", "rank", b"rank", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeVerdict: _TypeAlias = NodeVerdict  # noqa: Y015
+
+@_typing.final
+class ExplainPlacementResponse(_message.Message):
+    """Response of ExplainPlacement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    revision: _builtins.str
+    """Revision that was explained."""
+    dry_run: _builtins.bool
+    """It was not that of the declared model: nothing is applied."""
+    reason: _builtins.str
+    """Why none can be placed: ErrorReason by name, empty when one can."""
+    message: _builtins.str
+    """The same for a person."""
+    replicas: _builtins.int
+    """Replicas that there are, in whatever state."""
+    min_replicas: _builtins.int
+    """Replicas that are kept by the policy; with "spread_all" one for each node that matches now."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeVerdict]:
+        """All present nodes: first those that passed all filters, the best first; then the others, by name."""
+
+    @_builtins.property
+    def chosen(self) -> _types_pb2.Replica:
+        """The replica that would be placed. Unset when none can be."""
+
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LoadFailure]:
+        """Loads of the model that failed lately."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What else is to be known, a sentence each."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+        nodes: _abc.Iterable[Global___NodeVerdict] | None = ...,
+        chosen: _types_pb2.Replica | None = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        min_replicas: _builtins.int = ...,
+        failures: _abc.Iterable[_types_pb2.LoadFailure] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "dry_run", b"dry_run", "failures", b"failures", "message", b"message", "min_replicas", b"min_replicas", "model", b"model", "nodes", b"nodes", "notes", b"notes", "reason", b"reason", "replicas", b"replicas", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainPlacementResponse: _TypeAlias = ExplainPlacementResponse  # noqa: Y015

@@ -51,6 +51,11 @@ class RouterServiceStub(object):
                 request_serializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsRequest.SerializeToString,
                 response_deserializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsResponse.FromString,
                 _registered_method=True)
+        self.ExplainPlacement = channel.unary_unary(
+                '/localmesh.v1.RouterService/ExplainPlacement',
+                request_serializer=localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer(object):
@@ -86,6 +91,15 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainPlacement(self, request, context):
+        """Why the next replica of a model would go where it would go, and why not elsewhere, or why it cannot go anywhere: by
+        the same rules as the placement itself, on what this router knows. Changes nothing.
+        Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_INVALID_SPEC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -103,6 +117,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.StreamLogs,
                     request_deserializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsRequest.FromString,
                     response_serializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsResponse.SerializeToString,
+            ),
+            'ExplainPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainPlacement,
+                    request_deserializer=localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -188,6 +207,33 @@ class RouterService(object):
             '/localmesh.v1.RouterService/StreamLogs',
             localmesh_dot_v1_dot_router__service__pb2.StreamLogsRequest.SerializeToString,
             localmesh_dot_v1_dot_router__service__pb2.StreamLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RouterService/ExplainPlacement',
+            localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementRequest.SerializeToString,
+            localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -120,6 +120,38 @@ ROLLOUT_IMMEDIATE: Rollout.ValueType  # 2
 """The old revision is not picked any more from the moment of the edit."""
 Global___Rollout: _TypeAlias = Rollout  # noqa: Y015
 
+class _SelectorOperator:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SelectorOperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SelectorOperator.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SELECTOR_OPERATOR_UNSPECIFIED: _SelectorOperator.ValueType  # 0
+    """Not allowed."""
+    SELECTOR_OPERATOR_IN: _SelectorOperator.ValueType  # 1
+    """The node has the label with one of the values."""
+    SELECTOR_OPERATOR_NOT_IN: _SelectorOperator.ValueType  # 2
+    """The node does not have the label with any of the values: it has another value, or no such label."""
+    SELECTOR_OPERATOR_EXISTS: _SelectorOperator.ValueType  # 3
+    """The node has the label."""
+    SELECTOR_OPERATOR_DOES_NOT_EXIST: _SelectorOperator.ValueType  # 4
+    """The node does not have the label."""
+
+class SelectorOperator(_SelectorOperator, metaclass=_SelectorOperatorEnumTypeWrapper):
+    """How a term of a selector looks at a label."""
+
+SELECTOR_OPERATOR_UNSPECIFIED: SelectorOperator.ValueType  # 0
+"""Not allowed."""
+SELECTOR_OPERATOR_IN: SelectorOperator.ValueType  # 1
+"""The node has the label with one of the values."""
+SELECTOR_OPERATOR_NOT_IN: SelectorOperator.ValueType  # 2
+"""The node does not have the label with any of the values: it has another value, or no such label."""
+SELECTOR_OPERATOR_EXISTS: SelectorOperator.ValueType  # 3
+"""The node has the label."""
+SELECTOR_OPERATOR_DOES_NOT_EXIST: SelectorOperator.ValueType  # 4
+"""The node does not have the label."""
+Global___SelectorOperator: _TypeAlias = SelectorOperator  # noqa: Y015
+
 @_typing.final
 class ReplicaRef(_message.Message):
     """Names one replica: one loaded copy of a model on one node."""
@@ -234,19 +266,25 @@ class Resources(_message.Message):
 
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DEVICE_KIND_FIELD_NUMBER: _builtins.int
+    DEVICE_COUNT_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """Bytes of device memory. 0 means: estimated by the node from the model's file."""
     device_kind: _builtins.str
     """"cpu", "gpu" or empty for: a GPU where the engine can use one, else the CPU."""
+    device_count: _builtins.int
+    """GPUs of one node that a replica spreads over, all of them or none. 0 and 1 mean one device. Each is charged its part
+    of memory_bytes, rounded up, and 512 MiB besides for what every GPU of a replica holds by itself.
+    """
     def __init__(
         self,
         *,
         memory_bytes: _builtins.int = ...,
         device_kind: _builtins.str = ...,
+        device_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_kind", b"device_kind", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "memory_bytes", b"memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -299,6 +337,41 @@ class ModelSpec(_message.Message):
 Global___ModelSpec: _TypeAlias = ModelSpec  # noqa: Y015
 
 @_typing.final
+class SelectorTerm(_message.Message):
+    """One condition on a node's labels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Name of the label. Besides those of operators and workers every node has "node.name", "node.replica-slots" (replicas
+    of one model that it may hold), "cpu.arch" and "gpu.count"; with GPUs also "gpu.vendor" and "gpu.memory", the size
+    that its largest GPU is sold as, such as "24GiB".
+    """
+    operator: Global___SelectorOperator.ValueType
+    """How it is looked at."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Values: at least one with IN and NOT_IN, none with the others."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        operator: Global___SelectorOperator.ValueType = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "operator", b"operator", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelectorTerm: _TypeAlias = SelectorTerm  # noqa: Y015
+
+@_typing.final
 class PlacementPolicy(_message.Message):
     """Where, and how many."""
 
@@ -328,15 +401,28 @@ class PlacementPolicy(_message.Message):
     MIN_REPLICAS_FIELD_NUMBER: _builtins.int
     MAX_REPLICAS_FIELD_NUMBER: _builtins.int
     ROLLOUT_FIELD_NUMBER: _builtins.int
+    SELECTOR_TERMS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    SPREAD_ALL_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """Replicas kept alive at all times, also before the first request. Default 0."""
     max_replicas: _builtins.int
     """Replicas at most. 0 means no limit but that of the nodes."""
     rollout: Global___Rollout.ValueType
     """How an edit of the model rolls in."""
+    spread_all: _builtins.bool
+    """One replica on every node that matches, also on those that come later. Excludes min_replicas and max_replicas."""
     @_builtins.property
     def node_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that a node must have, all of them with exactly this value."""
+
+    @_builtins.property
+    def selector_terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___SelectorTerm]:
+        """Further conditions on a node's labels, all of which must hold."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Concurrency groups: models that have one in common never share a node. Replicas of the same model may."""
 
     def __init__(
         self,
@@ -345,10 +431,13 @@ class PlacementPolicy(_message.Message):
         min_replicas: _builtins.int = ...,
         max_replicas: _builtins.int = ...,
         rollout: Global___Rollout.ValueType = ...,
+        selector_terms: _abc.Iterable[Global___SelectorTerm] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        spread_all: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "rollout", b"rollout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "rollout", b"rollout", "selector_terms", b"selector_terms", "spread_all", b"spread_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -402,6 +491,7 @@ class Device(_message.Message):
     CLAIMED_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     UNIFIED_FIELD_NUMBER: _builtins.int
+    WORKER_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """"cpu" or the GPU's UUID."""
     kind: _builtins.str
@@ -411,13 +501,15 @@ class Device(_message.Message):
     total_bytes: _builtins.int
     """Memory in bytes."""
     budget_bytes: _builtins.int
-    """Bytes that replicas may claim at most."""
+    """Bytes that replicas may claim at most: the operator's override where there is one, else worker_budget_bytes."""
     claimed_bytes: _builtins.int
     """Bytes claimed by replicas."""
     free_bytes: _builtins.int
     """Bytes free by the last measurement. Unset: not measured."""
     unified: _builtins.bool
     """The GPU shares the node's RAM: one budget for both."""
+    worker_budget_bytes: _builtins.int
+    """Bytes that replicas may claim by the worker's own word."""
     def __init__(
         self,
         *,
@@ -429,16 +521,67 @@ class Device(_message.Message):
         claimed_bytes: _builtins.int = ...,
         free_bytes: _builtins.int | None = ...,
         unified: _builtins.bool = ...,
+        worker_budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_free_bytes", b"_free_bytes", "free_bytes", b"free_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_free_bytes", b"_free_bytes", "budget_bytes", b"budget_bytes", "claimed_bytes", b"claimed_bytes", "free_bytes", b"free_bytes", "id", b"id", "kind", b"kind", "name", b"name", "total_bytes", b"total_bytes", "unified", b"unified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_free_bytes", b"_free_bytes", "budget_bytes", b"budget_bytes", "claimed_bytes", b"claimed_bytes", "free_bytes", b"free_bytes", "id", b"id", "kind", b"kind", "name", b"name", "total_bytes", b"total_bytes", "unified", b"unified", "worker_budget_bytes", b"worker_budget_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__free_bytes: _TypeAlias = _typing.Literal["free_bytes"]  # noqa: Y015
     _WhichOneofArgType__free_bytes: _TypeAlias = _typing.Literal["_free_bytes", b"_free_bytes"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__free_bytes) -> _WhichOneofReturnType__free_bytes | None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class NodeOverrides(_message.Message):
+    """What an operator says of a node in place of what its worker says. Survives re-registration, and the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MemoryBudgetsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MAX_REPLICAS_PER_MODEL_FIELD_NUMBER: _builtins.int
+    MEMORY_BUDGETS_FIELD_NUMBER: _builtins.int
+    max_replicas_per_model: _builtins.int
+    """Replicas of one model that it may hold. 0: no override."""
+    @_builtins.property
+    def memory_budgets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Memory that replicas may claim, by device id, or "*" for every device that is not named: a part of the device's
+        whole memory ("80%") or an amount ("12GiB", "500MB", bytes). A device without an entry has no override.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_replicas_per_model: _builtins.int = ...,
+        memory_budgets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_replicas_per_model", b"max_replicas_per_model", "memory_budgets", b"memory_budgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeOverrides: _TypeAlias = NodeOverrides  # noqa: Y015
 
 @_typing.final
 class Engine(_message.Message):
@@ -502,6 +645,46 @@ class Node(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class OperatorLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class WorkerLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
@@ -513,6 +696,12 @@ class Node(_message.Message):
     KEY_FINGERPRINT_FIELD_NUMBER: _builtins.int
     CPU_LOAD_FIELD_NUMBER: _builtins.int
     DISK_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    OPERATOR_LABELS_FIELD_NUMBER: _builtins.int
+    WORKER_LABELS_FIELD_NUMBER: _builtins.int
+    OVERRIDES_FIELD_NUMBER: _builtins.int
+    WORKER_MAX_REPLICAS_PER_MODEL_FIELD_NUMBER: _builtins.int
+    CORDONED_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: Global___NodeState.ValueType
@@ -520,7 +709,7 @@ class Node(_message.Message):
     endpoint: _builtins.str
     """Address of its WorkerService, host:port."""
     max_replicas_per_model: _builtins.int
-    """Replicas of one model that it may hold."""
+    """Replicas of one model that it may hold: the operator's override where there is one, else what the worker says."""
     incarnation: _builtins.str
     """Id of its presence lease, in hexadecimal: one life of the worker's registration. Empty when gone."""
     key_fingerprint: _builtins.str
@@ -529,9 +718,15 @@ class Node(_message.Message):
     """CPU load of the last minute divided by the number of cores. Unset: not measured."""
     disk_free_bytes: _builtins.int
     """Free bytes of the file system of the models folder. Unset: not measured."""
+    worker_max_replicas_per_model: _builtins.int
+    """Replicas of one model that it may hold by the worker's own word. 0 when gone."""
+    cordoned: _builtins.bool
+    """An operator has cordoned it, also while it is pending, draining or gone."""
+    draining: _builtins.bool
+    """An operator drains it, also while it is pending or gone."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Labels, the operator's over the worker's."""
+        """Labels that selectors see: the operator's, those that every node has by itself, and the worker's, merged."""
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
@@ -540,6 +735,18 @@ class Node(_message.Message):
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___Engine]:
         """Engines."""
+
+    @_builtins.property
+    def operator_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The operator's labels."""
+
+    @_builtins.property
+    def worker_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The worker's labels. Empty when gone."""
+
+    @_builtins.property
+    def overrides(self) -> Global___NodeOverrides:
+        """What the operator says in place of the worker. Unset: nothing."""
 
     def __init__(
         self,
@@ -555,10 +762,16 @@ class Node(_message.Message):
         key_fingerprint: _builtins.str = ...,
         cpu_load: _builtins.float | None = ...,
         disk_free_bytes: _builtins.int | None = ...,
+        operator_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        worker_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        overrides: Global___NodeOverrides | None = ...,
+        worker_max_replicas_per_model: _builtins.int = ...,
+        cordoned: _builtins.bool = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_load", b"_cpu_load", "_disk_free_bytes", b"_disk_free_bytes", "cpu_load", b"cpu_load", "disk_free_bytes", b"disk_free_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_load", b"_cpu_load", "_disk_free_bytes", b"_disk_free_bytes", "cpu_load", b"cpu_load", "disk_free_bytes", b"disk_free_bytes", "overrides", b"overrides"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_load", b"_cpu_load", "_disk_free_bytes", b"_disk_free_bytes", "cpu_load", b"cpu_load", "devices", b"devices", "disk_free_bytes", b"disk_free_bytes", "endpoint", b"endpoint", "engines", b"engines", "incarnation", b"incarnation", "key_fingerprint", b"key_fingerprint", "labels", b"labels", "max_replicas_per_model", b"max_replicas_per_model", "name", b"name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_load", b"_cpu_load", "_disk_free_bytes", b"_disk_free_bytes", "cordoned", b"cordoned", "cpu_load", b"cpu_load", "devices", b"devices", "disk_free_bytes", b"disk_free_bytes", "draining", b"draining", "endpoint", b"endpoint", "engines", b"engines", "incarnation", b"incarnation", "key_fingerprint", b"key_fingerprint", "labels", b"labels", "max_replicas_per_model", b"max_replicas_per_model", "name", b"name", "operator_labels", b"operator_labels", "overrides", b"overrides", "state", b"state", "worker_labels", b"worker_labels", "worker_max_replicas_per_model", b"worker_max_replicas_per_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_load: _TypeAlias = _typing.Literal["cpu_load"]  # noqa: Y015
     _WhichOneofArgType__cpu_load: _TypeAlias = _typing.Literal["_cpu_load", b"_cpu_load"]  # noqa: Y015

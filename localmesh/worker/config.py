@@ -38,7 +38,7 @@ class WorkerConfig:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     max_replicas_per_model: int = 1
     memory_budget: str = "90%"
-    """Of the RAM: a part or an amount, see localmesh.worker.budgets."""
+    """Of the RAM: a part or an amount, see localmesh.core.budgets."""
     gpu_memory_budget: str = "90%"
     """Of each GPU."""
     tls: TlsFiles | None = None

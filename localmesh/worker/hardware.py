@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import psutil
 import pynvml
 
+from localmesh.core.budgets import budget_bytes
 from localmesh.core.ids import CPU, DeviceId
 from localmesh.core.records import MeasuredRecord
-from localmesh.worker.budgets import budget_bytes
 
 _log = logging.getLogger(__name__)
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -139,7 +139,7 @@ class Hardware:
     Args:
         gpu_probe: Where GPU facts come from.
         disk: Folder whose file system is measured.
-        memory_budget: What replicas may claim of the RAM, as in localmesh.worker.budgets.
+        memory_budget: What replicas may claim of the RAM, as in localmesh.core.budgets.
         gpu_memory_budget: The same, of each GPU.
         read_ram: Where RAM facts come from.
     """

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmesh.core.budgets import budget_bytes
 from localmesh.core.ids import CPU, DeviceId, ModelName, NodeName, ReplicaId
 from localmesh.core.records import MeasuredRecord
 from localmesh.worker.agent import differs
-from localmesh.worker.budgets import budget_bytes
 from localmesh.worker.engines import LlamaAbility, llama_engine, minilm_engine, read_probe
 from localmesh.worker.launch import ReplicaFolder, folder_of, replica_environment
 from localmesh.worker.ports import QUARANTINE_SECONDS, PortAllocator, PortRange, PortsExhausted

@@ -19,6 +19,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SelectorOperator:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SelectorOperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SelectorOperator.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SELECTOR_OPERATOR_UNSPECIFIED: _SelectorOperator.ValueType  # 0
+    """Never stored."""
+    SELECTOR_OPERATOR_IN: _SelectorOperator.ValueType  # 1
+    """It has one of the values."""
+    SELECTOR_OPERATOR_NOT_IN: _SelectorOperator.ValueType  # 2
+    """It has none of the values, or is missing."""
+    SELECTOR_OPERATOR_EXISTS: _SelectorOperator.ValueType  # 3
+    """It is there."""
+    SELECTOR_OPERATOR_DOES_NOT_EXIST: _SelectorOperator.ValueType  # 4
+    """It is missing."""
+
+class SelectorOperator(_SelectorOperator, metaclass=_SelectorOperatorEnumTypeWrapper):
+    """How a term of a selector looks at a label; the numbers are those of localmesh.v1.SelectorOperator."""
+
+SELECTOR_OPERATOR_UNSPECIFIED: SelectorOperator.ValueType  # 0
+"""Never stored."""
+SELECTOR_OPERATOR_IN: SelectorOperator.ValueType  # 1
+"""It has one of the values."""
+SELECTOR_OPERATOR_NOT_IN: SelectorOperator.ValueType  # 2
+"""It has none of the values, or is missing."""
+SELECTOR_OPERATOR_EXISTS: SelectorOperator.ValueType  # 3
+"""It is there."""
+SELECTOR_OPERATOR_DOES_NOT_EXIST: SelectorOperator.ValueType  # 4
+"""It is missing."""
+Global___SelectorOperator: _TypeAlias = SelectorOperator  # noqa: Y015
+
 class _ReplicaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -123,6 +155,7 @@ class Model(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DEVICE_KIND_FIELD_NUMBER: _builtins.int
+    DEVICE_COUNT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
     """Engine."""
@@ -146,6 +179,8 @@ class Model(_message.Message):
     """Bytes of device memory, 0 for the estimate."""
     device_kind: _builtins.str
     """"cpu", "gpu" or empty."""
+    device_count: _builtins.int
+    """Devices that one replica spreads over, 0 for one."""
     revision: _builtins.str
     """Hash of all of the above."""
     @_builtins.property
@@ -167,17 +202,50 @@ class Model(_message.Message):
         options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         memory_bytes: _builtins.int = ...,
         device_kind: _builtins.str = ...,
+        device_count: _builtins.int = ...,
         revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "backend", b"backend", "cache_type", b"cache_type", "context_tokens", b"context_tokens", "device_kind", b"device_kind", "embeddings", b"embeddings", "gpu_layers", b"gpu_layers", "max_concurrent_requests", b"max_concurrent_requests", "memory_bytes", b"memory_bytes", "options", b"options", "revision", b"revision", "slots", b"slots", "source", b"source", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "backend", b"backend", "cache_type", b"cache_type", "context_tokens", b"context_tokens", "device_count", b"device_count", "device_kind", b"device_kind", "embeddings", b"embeddings", "gpu_layers", b"gpu_layers", "max_concurrent_requests", b"max_concurrent_requests", "memory_bytes", b"memory_bytes", "options", b"options", "revision", b"revision", "slots", b"slots", "source", b"source", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_layers) -> _WhichOneofReturnType__gpu_layers | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class SelectorTerm(_message.Message):
+    """One condition on a node's labels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Label."""
+    operator: Global___SelectorOperator.ValueType
+    """How it is looked at."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Values, for IN and NOT_IN."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        operator: Global___SelectorOperator.ValueType = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "operator", b"operator", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelectorTerm: _TypeAlias = SelectorTerm  # noqa: Y015
 
 @_typing.final
 class Policy(_message.Message):
@@ -209,15 +277,28 @@ class Policy(_message.Message):
     MIN_REPLICAS_FIELD_NUMBER: _builtins.int
     MAX_REPLICAS_FIELD_NUMBER: _builtins.int
     IMMEDIATE_FIELD_NUMBER: _builtins.int
+    SELECTOR_TERMS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    SPREAD_ALL_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """Replicas kept alive."""
     max_replicas: _builtins.int
     """Replicas at most, 0 for no limit."""
     immediate: _builtins.bool
     """Replace at once instead of overlapping."""
+    spread_all: _builtins.bool
+    """One replica on every node that matches."""
     @_builtins.property
     def node_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that a node must have."""
+
+    @_builtins.property
+    def selector_terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___SelectorTerm]:
+        """Further conditions on a node's labels."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that have a group in common never share a node."""
 
     def __init__(
         self,
@@ -226,10 +307,13 @@ class Policy(_message.Message):
         min_replicas: _builtins.int = ...,
         max_replicas: _builtins.int = ...,
         immediate: _builtins.bool = ...,
+        selector_terms: _abc.Iterable[Global___SelectorTerm] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        spread_all: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["immediate", b"immediate", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "immediate", b"immediate", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "selector_terms", b"selector_terms", "spread_all", b"spread_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,11 +345,33 @@ class Approval(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MemoryBudgetsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     KEY_FINGERPRINT_FIELD_NUMBER: _builtins.int
     APPROVED_FIELD_NUMBER: _builtins.int
     CORDONED_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_PER_MODEL_FIELD_NUMBER: _builtins.int
+    MEMORY_BUDGETS_FIELD_NUMBER: _builtins.int
     key_fingerprint: _builtins.str
     """SHA-256 of the node's public key, hexadecimal."""
     approved: _builtins.bool
@@ -274,9 +380,15 @@ class Approval(_message.Message):
     """No new replicas, no new locks."""
     draining: _builtins.bool
     """What it has moves away."""
+    max_replicas_per_model: _builtins.int
+    """Replicas of one model, in place of what the worker says; 0 for none."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The operator's labels."""
+
+    @_builtins.property
+    def memory_budgets(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Memory budgets as the operator wrote them, by device id or "*", in place of what the worker says."""
 
     def __init__(
         self,
@@ -286,10 +398,12 @@ class Approval(_message.Message):
         cordoned: _builtins.bool = ...,
         draining: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        max_replicas_per_model: _builtins.int = ...,
+        memory_budgets: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approved", b"approved", "cordoned", b"cordoned", "draining", b"draining", "key_fingerprint", b"key_fingerprint", "labels", b"labels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approved", b"approved", "cordoned", b"cordoned", "draining", b"draining", "key_fingerprint", b"key_fingerprint", "labels", b"labels", "max_replicas_per_model", b"max_replicas_per_model", "memory_budgets", b"memory_budgets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -576,6 +690,7 @@ class Device(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     UNIFIED_FIELD_NUMBER: _builtins.int
     CLAIMS_FIELD_NUMBER: _builtins.int
+    WORKER_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"cpu" or "gpu"."""
     name: _builtins.str
@@ -586,6 +701,8 @@ class Device(_message.Message):
     """Bytes that may be claimed."""
     unified: _builtins.bool
     """Shares the node's RAM."""
+    worker_budget_bytes: _builtins.int
+    """What the worker says that may be claimed."""
     @_builtins.property
     def claims(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Bytes by replica ("<model>/<index>")."""
@@ -599,10 +716,11 @@ class Device(_message.Message):
         budget_bytes: _builtins.int = ...,
         unified: _builtins.bool = ...,
         claims: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        worker_budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "claims", b"claims", "kind", b"kind", "name", b"name", "total_bytes", b"total_bytes", "unified", b"unified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "claims", b"claims", "kind", b"kind", "name", b"name", "total_bytes", b"total_bytes", "unified", b"unified", "worker_budget_bytes", b"worker_budget_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
