@@ -74,10 +74,11 @@ class Child:
         process = self._process
         return process.pid if process is not None and process.returncode is None else 0
 
-    async def run(self, on_crash: Callable[["Child", str], None]) -> None:
+    async def run(self, *, on_ready: Callable[[Ready], None], on_crash: Callable[[str], None]) -> None:
         """Start it, and again whenever it ends, until `stop`.
 
         Args:
+            on_ready: Called each time it serves.
             on_crash: Called with a sentence after each crash.
 
         Raises:
@@ -85,14 +86,14 @@ class Child:
         """
         while not self._stopping.is_set():
             began = self._clock.monotonic()
-            failure = await self._live()
+            failure = await self._live(on_ready)
             if self._stopping.is_set():
                 return
             if self.address is None:
-                raise StartFailed(*failure)
+                raise StartFailed(f"{self.spec.name} did not start: {failure[0]}", failure[1])
             ran = self._clock.monotonic() - began
             self._crashes, delay = after_crash(self._policy, self._crashes, ran_seconds=ran)
-            on_crash(self, f"{self.spec.name} ended ({failure[0]}); it starts again in {delay:.1f} s")
+            on_crash(f"{self.spec.name} ended ({failure[0]}); it starts again in {delay:.1f} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
@@ -111,25 +112,16 @@ class Child:
             self._kill_group(process.pid)
             await process.wait()
 
-    async def _live(self) -> tuple[str, int]:
+    async def _live(self, on_ready: Callable[[Ready], None]) -> tuple[str, int]:
         """Run one process to its end; return why it ended and its exit code."""
-        spec = self.spec
-        config_path = spec.run_dir / f"{spec.name}.yaml"
-        config_reader.write_file(config_path, spec.config)
         reading, writing = os.pipe()
         try:
-            with spec.log_path.open("ab") as log:
-                process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    *("-m", "localmesh.app", spec.role, "--config", str(config_path)),
-                    *("--status-fd", str(writing), "--parent-pid", str(os.getpid())),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(writing,),
-                    start_new_session=True,
-                    env=config_reader.child_environment(),
-                )
+            process = await self._spawn(writing)
+        except BaseException as problem:
+            os.close(reading)
+            if isinstance(problem, OSError):
+                return f"it cannot be started: {problem}", 1
+            raise
         finally:
             os.close(writing)
         self._process = process
@@ -137,7 +129,7 @@ class Child:
         if self._stopping.is_set():  # stop() came while the process was being made
             process.terminate()
         try:
-            said = await self._follow(reading)
+            said = await self._follow(reading, on_ready)
             code = await process.wait()
         except asyncio.CancelledError:
             self._kill_group(process.pid)
@@ -150,7 +142,24 @@ class Child:
             return said.message, said.exit_code
         return f"{_describe_exit(code)}; its last words: {self._tail()}", 1
 
-    async def _follow(self, fd: int) -> Failed | None:
+    async def _spawn(self, status_fd: int) -> asyncio.subprocess.Process:
+        spec = self.spec
+        config_path = spec.run_dir / f"{spec.name}.yaml"
+        config_reader.write_file(config_path, spec.config)
+        with spec.log_path.open("ab") as log:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "localmesh.app", spec.role, "--config", str(config_path)),
+                *("--status-fd", str(status_fd), "--parent-pid", str(os.getpid())),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(status_fd,),
+                start_new_session=True,
+                env=config_reader.child_environment(),
+            )
+
+    async def _follow(self, fd: int, on_ready: Callable[[Ready], None]) -> Failed | None:
         """Read status lines until the process closes its end."""
         stream = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
@@ -163,6 +172,7 @@ class Child:
                 match parse_line(line):
                     case Ready() as ready:
                         self._served(ready)
+                        on_ready(ready)
                     case Failed() as failed:
                         failure = failed
         finally:

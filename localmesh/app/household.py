@@ -16,6 +16,7 @@ from localmesh.app.certificates import Certificates
 from localmesh.app.children import Child, ChildSpec, StartFailed
 from localmesh.app.config import ENROLMENT_PORT, Config, TlsSection
 from localmesh.app.etcd_keeper import EtcdKeeper
+from localmesh.app.lifeline import Ready
 from localmesh.app.names import node_name_of_host, worker_folder
 from localmesh.app.running import RunningMesh
 from localmesh.core.clock import Clock, SystemClock
@@ -64,9 +65,9 @@ class Household:
         self._node_names = tuple(node_names)
         self._clock = clock or SystemClock()
         self._tasks = TaskOwner()
-        self._keeping: asyncio.Task[None] | None = None
         self._lock: int | None = None
         self._failure: asyncio.Future[None] | None = None
+        self._join_token = ""
 
     @property
     def children(self) -> list[Child]:
@@ -76,8 +77,7 @@ class Household:
     @property
     def join_line(self) -> str:
         """The command that makes another machine a node; empty where no other may come in."""
-        address = self.registry.address if self.registry is not None else None
-        return f"localmesh worker --join {address.join_token}" if address is not None and address.join_token else ""
+        return f"localmesh worker --join {self._join_token}" if self._join_token else ""
 
     @property
     def log_dir(self) -> Path:
@@ -198,10 +198,17 @@ class Household:
 
     async def _keep(self, child: Child) -> None:
         try:
-            await child.run(lambda _, sentence: self._say(sentence))
+            await child.run(on_ready=self._noticed, on_crash=self._say)
         except StartFailed as problem:
             if self._failure is not None and not self._failure.done():
                 self._failure.set_exception(problem)
+
+    def _noticed(self, ready: Ready) -> None:
+        """Say it when the token for other machines is another one: it ends with the registry's process."""
+        if ready.join_token:
+            if self._join_token:
+                self._say(f"the line for other machines has changed: localmesh worker --join {ready.join_token}")
+            self._join_token = ready.join_token
 
     async def _ready(self, *children: Child) -> None:
         """Wait until all serve, or one of all children fails at its start."""

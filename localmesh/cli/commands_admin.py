@@ -156,7 +156,7 @@ async def logs(command: Command) -> int:
             if command.json:
                 output.print_document(output.as_dict(found), one_line=True)
             else:
-                output.write_line(f"{found.ref.node}/{found.ref.index} | {found.line}", flush=given.follow)
+                output.write_text(f"{found.ref.node}/{found.ref.index} | {found.line}\n")
     return Exit.OK
 
 

@@ -152,8 +152,7 @@ async def _print_stream(stream: Any, field: str, *, verbose: bool) -> str:
     async for piece in stream:
         text = getattr(piece, field)
         pieces.append(text)
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        output.write_text(text)
         last = piece
     output.write_line("")
     if verbose and last is not None:

@@ -32,6 +32,15 @@ def print_document(document: object, *, one_line: bool = False) -> None:
     write_line(text, flush=one_line)
 
 
+def write_text(text: str) -> None:
+    """Print text that a model or an engine made, at once. On a terminal what is not printable is left out: it could
+    move the cursor, or worse."""
+    if sys.stdout.isatty():
+        text = "".join(char for char in text if char.isprintable() or char in "\n\t")
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def write_line(text: str, *, flush: bool = False) -> None:
     """Print a line."""
     sys.stdout.write(text + "\n")
