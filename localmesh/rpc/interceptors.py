@@ -52,7 +52,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return handler and self._wrapped(handler, details.method)
 
     def _wrap(self, handler: Any, method: str) -> Any:
-        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if _is_only_declared(_behaviour(handler)):
+            handler = _unknown(method)
+        behaviour = _behaviour(handler)
         if inspect.isasyncgenfunction(behaviour):
             wrapped: Any = self._around_generator(behaviour, method)
         elif inspect.iscoroutinefunction(behaviour):
@@ -105,30 +107,37 @@ class ErrorInterceptor(CallInterceptor):
         except grpc.aio.BaseError:  # a servicer's own abort; or the caller has left, and grpc cancels this call
             raise
         except MeshError as error:
-            await abort_with(context, error)
+            await _abort(context, error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             # Not this call was cancelled, but one that it waited for: its channel was closed under it. Without a status
             # the caller would wait until its deadline.
-            await abort_with(
-                context, ComponentUnreachable("the connection that served this call was closed: try again")
-            )
+            await _abort(context, ComponentUnreachable("the connection that served this call was closed: try again"))
         except Exception as error:  # noqa: BLE001 - the edge: a bug in a servicer must not end the server
             if (failure := _failure_in(error)) is not None:
-                await abort_with(context, failure)
+                await _abort(context, failure)
             await self._bug(method, context, error)
 
     @staticmethod
     async def _bug(method: str, context: Any, error: Exception) -> NoReturn:
         _log.error("a call of %s failed unexpectedly", method, exc_info=error)
-        await abort_with(context, InternalError("internal error; the server's log has the details"))
+        await _abort(context, InternalError("internal error; the server's log has the details"))
 
     def _wrap(self, handler: Any, method: str) -> Any:
         if handler is _NOBODY:
             handler = _unknown(method)
         return super()._wrap(_with_safe_decoding(handler), method)
+
+
+async def _abort(context: Any, error: MeshError) -> NoReturn:
+    """End a call with a failure; where its caller has left meanwhile, as one that was cancelled."""
+    try:
+        await abort_with(context, error)
+    except grpc.aio.InternalError as nobody_listens:
+        # grpc would log this with a traceback, and any stranger with a short deadline could fill the log.
+        raise asyncio.CancelledError from nobody_listens
 
 
 def _failure_in(error: Exception) -> MeshError | None:
@@ -179,6 +188,15 @@ def chain(policy: IdentityPolicy | None, own: Iterable[Any]) -> tuple[Any, ...]:
 
 
 _NOBODY: Final = object()
+
+
+def _behaviour(handler: Any) -> Any:
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+
+def _is_only_declared(behaviour: Any) -> bool:
+    """Whether a servicer leaves a method of its protocol to the generated class, which raises NotImplementedError."""
+    return str(getattr(behaviour, "__module__", "")).endswith("_pb2_grpc")
 
 
 def _unknown(method: str) -> Any:

@@ -25,6 +25,7 @@ from localmesh.core.errors import (
 )
 from localmesh.rpc.channels import ChannelPool, channel_options
 from localmesh.rpc.errors import ConfigError, ListenFailed, from_rpc_error
+from localmesh.rpc.interceptors import ErrorInterceptor
 from localmesh.rpc.server import GrpcServer, ServerConfig
 from localmesh.v1 import inference_service_pb2 as pb
 from localmesh.v1 import inference_service_pb2_grpc as stubs
@@ -218,6 +219,27 @@ async def test_an_unknown_method_is_refused_with_a_reason(pool: ChannelPool, ser
     error = from_rpc_error(await failed(pool.get(server.endpoint).unary_unary("/no.Such/Method")(b"")))
     assert isinstance(error, MethodUnknown)
     assert error.metadata == {"method": "/no.Such/Method"}
+
+
+async def test_a_method_that_a_servicer_leaves_out_is_refused_like_an_unknown_one(
+    pool: ChannelPool, server: GrpcServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a component is older than the protocol of its caller."""
+    error = from_rpc_error(await failed(stub(pool, server).Rerank(pb.RerankRequest(), timeout=WAIT)))
+    assert isinstance(error, MethodUnknown)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_failure_that_nobody_waits_for_any_more_is_a_cancellation() -> None:
+    """grpc would log the failed attempt to tell it with a traceback, for each caller with a short deadline."""
+
+    class LeftContext:
+        async def abort(self, *_: object) -> None:
+            raise grpc.aio.InternalError("execute_batch")
+
+    with pytest.raises(asyncio.CancelledError):
+        async with ErrorInterceptor().around("/s/M", LeftContext()):
+            raise ModelNotFound("no model missing", model="missing")
 
 
 async def test_bytes_that_are_no_message_are_refused_without_noise_in_the_log(
