@@ -100,6 +100,11 @@ class Header:
         return _count(self, "context_length", default=0)
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether every token sees all others, so that the model can embed but not generate."""
+        return self.metadata.get(f"{self.architecture}.attention.causal") is False
+
+    @property
     def vocabulary(self) -> int:
         """Number of tokens that the model knows; 0 if the file does not say."""
         tokens = self.metadata.get("tokenizer.ggml.tokens")
@@ -168,12 +173,23 @@ def read_header(stream: BinaryIO) -> Header:
 
 
 def effective_context(header: Header, context_tokens: int) -> int:
-    """Return the tokens of a slot: what was asked for, or the model's own length, at most 4096, for 0."""
-    return context_tokens or min(header.context_length or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    """Return the tokens of a slot: what was asked for, or the model's own length, at most 4096, for 0.
+
+    An encoder never gets more than its own length: its positions end there.
+    """
+    own = header.context_length or _DEFAULT_CONTEXT
+    context = context_tokens or min(own, _DEFAULT_CONTEXT)
+    return min(context, own) if header.is_encoder else context
 
 
 def estimate(
-    header: Header, *, context_tokens: int = 0, slots: int = 1, cache_type: str = "", ubatch: int = 512
+    header: Header,
+    *,
+    context_tokens: int = 0,
+    slots: int = 1,
+    cache_type: str = "",
+    embeddings: bool = False,
+    ubatch: int = 512,
 ) -> Estimate:
     """Return the memory that a replica of the model will take.
 
@@ -182,7 +198,8 @@ def estimate(
         context_tokens: Tokens of each slot; 0 as for `effective_context`.
         slots: Requests computed at once; 0 is 1.
         cache_type: Type of the stored keys and values; empty is f16.
-        ubatch: Tokens computed in one go.
+        embeddings: The model makes vectors instead of text; encoders always do.
+        ubatch: Tokens computed in one go; an input to embed is always computed in one go.
 
     Raises:
         GgufError: The metadata lack what every model has, or have nonsense there; or the cache type is unknown.
@@ -193,9 +210,12 @@ def estimate(
     context = effective_context(header, context_tokens)
     width = _count(header, "embedding_length")
     feed_forward = max(_per_layer(header, "feed_forward_length", 1, default=4 * width))
+    outputs = (header.vocabulary or 32_000) + 2 * width
+    if embeddings or header.is_encoder:
+        ubatch, outputs = max(ubatch, context), 0
     batch = min(ubatch, context * slots)
     mask = 4 * batch * _padded(context)
-    compute = 4 * batch * max(2 * feed_forward + 4 * width, (header.vocabulary or 32_000) + 2 * width) + mask
+    compute = 4 * batch * max(2 * feed_forward + 4 * width, outputs) + mask
     result = Estimate(
         weights=header.weights_bytes,
         kv=_kv_bytes(header, context, slots, _CACHE_BYTES[cache_type], ubatch, width),
@@ -208,7 +228,7 @@ def estimate(
 
 
 def _kv_bytes(header: Header, context: int, slots: int, bytes_per_element: float, ubatch: int, width: int) -> int:
-    if header.metadata.get(f"{header.architecture}.attention.causal") is False:
+    if header.is_encoder:
         return 0  # an encoder keeps nothing between batches
     layers = _count(header, "block_count")
     if layers > _MAX_LAYERS:

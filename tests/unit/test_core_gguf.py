@@ -175,6 +175,19 @@ def test_an_encoder_keeps_no_keys_and_values() -> None:
     assert estimate(_header(attention__causal=False)).kv == 0
 
 
+def test_an_encoder_never_gets_more_context_than_it_has_positions() -> None:
+    assert effective_context(_header(attention__causal=False, context_length=512), 9000) == 512
+
+
+def test_embedding_computes_a_whole_input_in_one_go_and_has_no_token_scores() -> None:
+    header = _header()
+    generating = estimate(header, context_tokens=2048)
+    embedding = estimate(header, context_tokens=2048, embeddings=True)
+    assert embedding.compute == 4 * 2048 * (2 * 128 + 4 * 64) + 4 * 2048 * 2048
+    assert generating.compute == 4 * 512 * (32_000 + 2 * 64) + 4 * 512 * 2048
+    assert embedding.kv == generating.kv
+
+
 def test_sliding_window_layers_keep_their_window_only() -> None:
     full = estimate(_header(context_length=8192), context_tokens=8192).kv
     windowed = _header(attention__sliding_window=512, attention__sliding_window_pattern=2)

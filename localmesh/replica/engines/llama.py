@@ -274,8 +274,6 @@ class LlamaEngine:
             raise LoadFailed(f"{path} cannot be read: {error.strerror}", model=spec.name) from error
         options = _options(spec)
         context = effective_context(header, spec.context_tokens)
-        if _is_encoder(header):  # its positions end there: there is nothing beyond
-            context = min(context, header.context_length or context)
         return _Plan(
             header=header,
             slots=max(1, spec.slots),
@@ -343,10 +341,6 @@ def _options(spec: ModelSpec) -> Mapping[str, str]:
     return spec.options
 
 
-def _is_encoder(header: Header) -> bool:
-    return header.metadata.get(f"{header.architecture}.attention.causal") is False
-
-
 def _pooling(spec: ModelSpec, header: Header, options: Mapping[str, str]) -> str:
     """Return how the model pools: empty if it generates, "default" if its file says how."""
     if chosen := options.get("pooling"):
@@ -354,7 +348,7 @@ def _pooling(spec: ModelSpec, header: Header, options: Mapping[str, str]) -> str
     own = header.metadata.get(f"{header.architecture}.pooling_type", _NONE)
     if own == _RANK:
         return "rank"
-    if not spec.embeddings and not _is_encoder(header):
+    if not spec.embeddings and not header.is_encoder:
         return ""
     return "mean" if own == _NONE else "default"
 

@@ -131,6 +131,36 @@ async def test_a_json_schema_binds_a_continued_text(stub: Any) -> None:
     assert value["word"] in ("yes", "no")
 
 
+SCHEMAS: list[Any] = [
+    {"type": "integer"},
+    {"type": ["null", "boolean"]},
+    {"type": "string", "minLength": 2, "maxLength": 4},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
+    {"type": "array", "items": {"type": "boolean"}, "maxItems": 1},
+    {"type": "array", "prefixItems": [{"type": "boolean"}, {"const": 'a "quoted"\n\u00e9 word'}]},
+    {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "null"}, "c": {"const": 1}}},
+    {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "null"}}, "required": ["b"]},
+    {"anyOf": [{"const": "x"}, {"type": "object", "required": ["k"], "additionalProperties": {"type": "null"}}]},
+    {
+        "$ref": "#/$defs/list",
+        "$defs": {
+            "list": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/$defs/list"}, "maxItems": 1}]}
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: json.dumps(s)[:40])
+async def test_llama_cpp_takes_the_grammar_of_every_kind_of_schema(stub: Any, schema: Any) -> None:
+    sampling = pb.SamplingOptions(json_schema=json.dumps(schema), max_tokens=120, seed=3)
+    answer = await stub.Generate(pb.GenerateRequest(prompt="JSON:", sampling=sampling))
+    assert answer.finish_reason == pb.FINISH_REASON_STOP
+    value = json.loads(answer.text)
+    kinds = {"integer": int, "string": str, "array": list, "object": dict}
+    if isinstance(schema.get("type"), str):
+        assert isinstance(value, kinds[schema["type"]])
+
+
 async def test_a_json_schema_binds_a_chat(stub: Any) -> None:
     answer = await stub.Chat(pb.ChatRequest(messages=user("ping"), sampling=greedy(json_schema=SCHEMA, max_tokens=200)))
     value = json.loads(answer.message.content)
