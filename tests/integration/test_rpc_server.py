@@ -234,6 +234,9 @@ async def test_a_failure_that_nobody_waits_for_any_more_is_a_cancellation() -> N
     """grpc would log the failed attempt to tell it with a traceback, for each caller with a short deadline."""
 
     class LeftContext:
+        def trailing_metadata(self) -> tuple[()]:
+            return ()
+
         async def abort(self, *_: object) -> None:
             raise grpc.aio.InternalError("execute_batch")
 
