@@ -199,8 +199,7 @@ async def test_a_member_without_a_quorum_is_left_and_writes_to_it_are_refused_no
         await until(lambda: client.statistics().watch_resumes >= 1)
         for server in (leader, second):
             server.process.send_signal(signal.SIGCONT)
-        await client.delete("k", deadline=CLOCK.monotonic() + SECONDS)
-        await put_surely(client, "k", "back")
+        await put_surely(client, "k/back", "back")
         async with asyncio.timeout(SECONDS):
             while not any(event.kv.value == b"back" for event in (await anext(watcher)).events):
                 pass
