@@ -23,7 +23,7 @@ from localmesh.worker.events import Event, ExitsTaken, Held, Registered, Report,
 from localmesh.worker.hardware import Device, GpuProbe, Hardware, NvmlProbe
 from localmesh.worker.identity import NodeIdentity, certificate_identity, load_or_create
 from localmesh.worker.link import RegistryLink
-from localmesh.worker.logs import ReplicaLog
+from localmesh.worker.logbook import LogBook
 from localmesh.worker.machine import Machine
 from localmesh.worker.runner import Runner
 from localmesh.worker.service import SERVICE, WorkerServicer
@@ -93,9 +93,10 @@ class Worker:
         """Return all that is known of the node's replicas."""
         return list(self._machine.held.values())
 
-    def log(self, replica: ReplicaId) -> ReplicaLog | None:
-        """Return the output of a replica's present or last process."""
-        return self._runner.log(replica)
+    @property
+    def logs(self) -> LogBook:
+        """What the node's replicas print."""
+        return self._runner.logs
 
     def stop(self) -> None:
         """Have `run` end gracefully: replicas finish what runs, then the registration is ended."""
@@ -253,7 +254,6 @@ class Worker:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             self._handle(Ticked())
-            self._runner.trim_logs()
 
     async def _measure(self) -> None:
         while True:

@@ -55,7 +55,11 @@ class WorkerConfig:
     max_message_bytes: int = 64 << 20
     served_by_trailers: bool = False
     log_bytes: int = 16 << 20
-    """Disk that the output of one replica may take."""
+    """Disk that the output of one replica's process may take."""
+    kept_logs: int = 16
+    """Ended processes whose output is kept, at most."""
+    kept_log_bytes: int = 10 << 20
+    """Disk that the output of ended processes may take; that of the last one is kept in any case."""
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """The worker's own environment; what replicas may see of it is passed on."""
     replica_command: tuple[str, ...] = ()

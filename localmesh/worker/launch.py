@@ -37,11 +37,6 @@ class ReplicaFolder:
     path: Path
 
     @property
-    def log(self) -> Path:
-        """Output of the process."""
-        return self.path / "output.log"
-
-    @property
     def spec(self) -> Path:
         """What the process is told."""
         return self.path / "spec.json"
@@ -75,7 +70,7 @@ class ReplicaFolder:
             return 0, 0, None
 
     def clear(self, private: Path | None) -> None:
-        """Remove all but the log."""
+        """Remove all but the output."""
         if private is not None:
             shutil.rmtree(private, ignore_errors=True)
         self.record.unlink(missing_ok=True)

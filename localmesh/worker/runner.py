@@ -26,6 +26,7 @@ from localmesh.worker.launch import (
     replica_environment,
     spec_file,
 )
+from localmesh.worker.logbook import LogBook
 from localmesh.worker.logs import ReplicaLog
 from localmesh.worker.ports import PortAllocator
 from localmesh.worker.processes import ExitWatch, belonging, command_line, kill_belonging, read_stat
@@ -126,7 +127,13 @@ class Runner:
         self._gpu_bytes = gpu_bytes
         self._group: asyncio.TaskGroup | None = None
         self._lives: dict[ReplicaId, _Life] = {}
-        self._logs: dict[ReplicaId, ReplicaLog] = {}
+        self.logs = LogBook(
+            clock=clock,
+            limit_bytes=config.log_bytes,
+            kept_lives=config.kept_logs,
+            kept_bytes=config.kept_log_bytes,
+        )
+        """All output on this node."""
         host = config.replica_listen_host
         self._ports = PortAllocator(config.replica_ports, is_free=lambda port: port_is_free(host, port))
         self._lock_fd = -1
@@ -150,7 +157,8 @@ class Runner:
                 field="run_dir",
             ) from error
         self._lock_fd = fd
-        await sweep(self._config.run_dir)
+        folders = await sweep(self._config.run_dir)
+        await asyncio.to_thread(self.logs.adopt, [folder.path for folder in folders])
 
     def close(self) -> None:
         """Give the run folder up."""
@@ -160,19 +168,21 @@ class Runner:
 
     async def run(self, until: asyncio.Event) -> None:
         """Own the processes until the event is set and all have ended. Cancelled, kill them at once."""
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            await until.wait()
-        self._group = None
+        async with asyncio.TaskGroup() as keepers:
+            looking = keepers.create_task(self.logs.run(), name="output")
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                await until.wait()
+            self._group = None
+            looking.cancel()
 
     def start(self, order: Start) -> None:
         """Start a replica's process. What comes of it is told to `on_event`."""
         if self._group is None or order.id in self._lives:
             raise AssertionError(f"{order.id}: started twice, or while the runner does not run")
         folder = folder_of(self._config.run_dir.absolute(), order.id)
-        life = _Life(order, folder, ReplicaLog(folder.log, limit_bytes=self._config.log_bytes))
+        life = _Life(order, folder, self.logs.begin(order.id, folder.path))
         self._lives[order.id] = life
-        self._logs[order.id] = life.log
         self._group.create_task(self._live(life), name=f"replica {order.id}")
 
     def stop(self, order: Stop) -> None:
@@ -184,15 +194,6 @@ class Runner:
                 life.preparing.cancel()
             life.wake.set()
 
-    def log(self, replica: ReplicaId) -> ReplicaLog | None:
-        """Return the output of a replica's process, or of the last one of that name."""
-        return self._logs.get(replica)
-
-    def trim_logs(self) -> None:
-        """Keep logs within their limit. Call it now and then."""
-        for log in self._logs.values():
-            log.trim()
-
     async def _live(self, life: _Life) -> None:
         try:
             event = await self._whole_life(life)
@@ -200,7 +201,7 @@ class Runner:
             _log.exception("%s: lost track of its process", life.start.id)
             event = StartFailed(id=life.start.id, reason="INTERNAL", message=f"the worker failed: {error}")
         finally:
-            life.log.complete()
+            self.logs.end(life.log)
             del self._lives[life.start.id]
         self._on_event(event)
 
@@ -356,12 +357,16 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-async def sweep(run_dir: Path) -> None:
-    """End the processes that an earlier worker left behind in a run folder, and remove their files but the logs."""
+async def sweep(run_dir: Path) -> list[ReplicaFolder]:
+    """End the processes that an earlier worker left behind in a run folder, and remove their files but the output.
+
+    Returns:
+        The folders of its replicas.
+    """
     try:
         folders = [ReplicaFolder(path=p) for p in (run_dir.absolute() / "replicas").iterdir() if p.is_dir()]
     except OSError:
-        return
+        return []
     for folder in folders:
         pid, start_ticks, private = folder.read_record()
         stat = read_stat(pid) if pid else None
@@ -370,3 +375,4 @@ async def sweep(run_dir: Path) -> None:
         if not await kill_belonging(folder.path, group=pid if same else 0):
             _log.warning("%s: processes of an earlier worker do not die", folder.path)
         folder.clear(private)
+    return folders

@@ -1,16 +1,20 @@
 """WorkerService: what runs on this node, and what it prints. It takes no orders."""
 
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from typing import Any, Protocol
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from localmesh.core.errors import InvalidRequest, ReplicaNotFound
-from localmesh.core.ids import NodeName, ReplicaId
+from localmesh.core.ids import NodeName
 from localmesh.core.records import ReplicaState
 from localmesh.rpc import convert
 from localmesh.v1 import worker_service_pb2 as pb
 from localmesh.v1 import worker_service_pb2_grpc as pb_grpc
 from localmesh.worker.events import Held, Stage
-from localmesh.worker.logs import ReplicaLog
+from localmesh.worker.logbook import CaughtUp, LogBook
+from localmesh.worker.logs import LogLine
 
 SERVICE = "localmesh.v1.WorkerService"
 _DEFAULT_LINES = 100
@@ -40,8 +44,9 @@ class WorkerView(Protocol):
         """Return all that is known of its replicas."""
         ...
 
-    def log(self, replica: ReplicaId) -> ReplicaLog | None:
-        """Return the output of a replica's present or last process."""
+    @property
+    def logs(self) -> LogBook:
+        """What the node's replicas print."""
         ...
 
 
@@ -80,12 +85,61 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             InvalidRequest: The request names no replica.
             ReplicaNotFound: This node has not had such a replica since it started.
         """
-        if request.tail_lines < 0:
-            raise InvalidRequest(f"tail_lines is negative: {request.tail_lines}", field="tail_lines")
+        tail = _tail(request.tail_lines)
         replica = convert.replica_id(request.ref)
-        log = self._view.log(replica)
+        logs = self._view.logs
+        log = logs.latest(replica)
         if log is None:
             raise ReplicaNotFound(f"{self._view.node} has no output of a replica {replica}", replica=replica)
-        tail = min(request.tail_lines or _DEFAULT_LINES, _MOST_LINES)
-        async for line in log.lines(tail=tail, follow=request.follow):
-            yield pb.StreamReplicaLogsResponse(line=line)
+        async with aclosing(logs.stream_life(log, follow=request.follow, tail=tail)) as lines:
+            async for line in lines:
+                yield pb.StreamReplicaLogsResponse(line=line.text, time=_timestamp(line.time), sequence=line.number)
+
+    async def StreamModelLogs(
+        self,
+        request: pb.StreamModelLogsRequest,
+        context: Any,  # noqa: ARG002 - grpc's signature
+    ) -> AsyncIterator[pb.StreamModelLogsResponse]:
+        """Stream lines of all replicas of a model.
+
+        Raises:
+            InvalidRequest: A field is not acceptable.
+        """
+        tail, model = _tail(request.tail_lines), convert.model_name_of(request.model)
+        index = request.index if request.HasField("index") else None
+        seen = {position.life: position.sequence for position in request.seen}
+        found = self._view.logs.stream(
+            lambda log: log.replica.model == model and index in (None, log.replica.index),
+            follow=request.follow,
+            tail=tail,
+            seen=seen if request.resume else None,
+        )
+        async with aclosing(found) as lines:
+            async for line in lines:
+                yield _model_log(line)
+
+
+def _tail(lines: int) -> int:
+    if lines < 0:
+        raise InvalidRequest(f"tail_lines is negative: {lines}", field="tail_lines")
+    return min(lines or _DEFAULT_LINES, _MOST_LINES)
+
+
+def _model_log(line: LogLine | CaughtUp) -> pb.StreamModelLogsResponse:
+    if isinstance(line, CaughtUp):
+        positions = [pb.LogPosition(life=life, sequence=number) for life, number in line.positions.items()]
+        return pb.StreamModelLogsResponse(caught_up=True, positions=positions)
+    return pb.StreamModelLogsResponse(
+        ref=convert.replica_ref(line.replica),
+        line=line.text,
+        time=_timestamp(line.time),
+        life=line.life,
+        sequence=line.number,
+        lost_bytes=line.lost_bytes,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromMicroseconds(int(seconds * 1e6))
+    return stamp

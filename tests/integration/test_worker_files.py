@@ -1,6 +1,5 @@
 """What the worker reads and keeps in files: models' sources, engines, the node's key, replicas' output."""
 
-import asyncio
 import os
 import stat
 import sys
@@ -18,7 +17,6 @@ from localmesh.rpc.errors import ConfigError
 from localmesh.worker import engines
 from localmesh.worker.identity import certificate_identity, certificate_request, load_or_create
 from localmesh.worker.launch import ReplicaFolder
-from localmesh.worker.logs import ReplicaLog
 from localmesh.worker.sources import CatalogItem, SourceBook, SourceProblem, facts, resolve
 
 MIB = 1 << 20
@@ -218,86 +216,3 @@ def test_sockets_have_room_below_a_private_folder_wherever_the_run_folder_is(tmp
     finally:
         deep.clear(private)
     assert not private.exists()
-
-
-async def lines_of(log: ReplicaLog, tail: int) -> list[str]:
-    return [line async for line in log.lines(tail=tail, follow=False)]
-
-
-def filled(path: Path, data: bytes, limit: int = 1 << 20) -> ReplicaLog:
-    log = ReplicaLog(path, limit_bytes=limit)
-    fd = log.open()
-    os.write(fd, data)
-    os.close(fd)
-    return log
-
-
-@pytest.mark.parametrize(
-    ("data", "tail", "expected"),
-    [
-        (b"", 5, []),
-        (b"a\nb\nc\n", 2, ["b", "c"]),
-        (b"a\nb\nc", 2, ["b", "c"]),
-        (b"a\nb\n", 5, ["a", "b"]),
-        (b"\n\n\n", 2, ["", ""]),
-        (b"a\r\nb\xff\n", 2, ["a", "b\ufffd"]),
-        (b"x" * 100_000 + b"\nlast\n", 1, ["last"]),
-    ],
-)
-async def test_the_last_lines_of_an_output(tmp_path: Path, data: bytes, tail: int, expected: list[str]) -> None:
-    """F46."""
-    assert await lines_of(filled(tmp_path / "log", data), tail) == expected
-
-
-def test_last_words_are_whole_lines_within_a_limit(tmp_path: Path) -> None:
-    """F46."""
-    log = filled(tmp_path / "log", b"first\nsecond\nthird\n")
-    assert log.last_lines(4096) == "first\nsecond\nthird"
-    assert log.last_lines(13) == "second\nthird"
-    assert log.last_lines(10) == "third"
-    assert filled(tmp_path / "one", b"x" * 50).last_lines(10) == "x" * 10
-    assert ReplicaLog(tmp_path / "none", limit_bytes=1).last_lines(10) == ""
-
-
-async def test_an_output_takes_no_more_disk_than_it_may_and_loses_only_its_oldest_part(tmp_path: Path) -> None:
-    """F46."""
-    log = ReplicaLog(tmp_path / "log", limit_bytes=256 << 10)
-    fd = log.open()
-    try:
-        for start in range(0, 100_000, 5000):
-            os.write(fd, b"".join(b"line %06d\n" % n for n in range(start, start + 5000)))
-            log.trim()
-        found = await lines_of(log, 10_000_000)
-    finally:
-        os.close(fd)
-    used = log.path.stat().st_blocks * 512
-    if used > 1 << 20:
-        pytest.skip("this file system cannot give back the start of a file")
-    assert used <= (256 << 10) + 64 * 1024
-    assert found[-1] == "line 099999"
-    numbers = [int(line.split()[1]) for line in found[1:]]
-    assert numbers == list(range(numbers[0], 100_000))
-    assert len(numbers) > 5000
-
-
-async def test_followers_get_what_is_written_while_they_read(tmp_path: Path) -> None:
-    """F46."""
-    log = ReplicaLog(tmp_path / "log", limit_bytes=1 << 20)
-    fd = log.open()
-    os.write(fd, b"before\n")
-    seen: list[str] = []
-    first = asyncio.Event()
-
-    async def follow() -> None:
-        async for line in log.lines(tail=10, follow=True):
-            seen.append(line)
-            first.set()
-
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        group.create_task(follow())
-        await first.wait()
-        for part in (b"in two ", b"parts\nno", b" end"):
-            os.write(fd, part)
-        os.close(fd)
-        log.complete()
-    assert seen == ["before", "in two parts", "no end"]

@@ -145,7 +145,7 @@ async def test_a_replica_dies_with_its_worker_and_the_next_worker_finds_a_clean_
     runner = Runner(config_at(tmp_path), clock=SystemClock(), on_event=lambda e: None, gpu_bytes=lambda pids: {})
     await runner.open()
     runner.close()
-    assert [p.name for p in folder.path.iterdir()] == ["output.log"]
+    assert sorted(p.name.split("-")[0] for p in folder.path.iterdir()) == ["output", "replica"]
 
 
 async def test_a_corrupt_model_is_a_failed_start_in_words(tmp_path: Path) -> None:

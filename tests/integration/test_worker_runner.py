@@ -133,8 +133,12 @@ async def test_a_replica_is_started_heard_and_stopped_as_told(tmp_path: Path) ->
         assert isinstance(end, Exited)
         assert end.returncode == -signal.SIGTERM
         assert read_stat(pid) is None
+        log = run.runner.logs.latest(REPLICA)
+        assert log is not None
+        life = log.life
     folder = folder_of(tmp_path / "run", REPLICA).path
-    assert sorted(p.name for p in folder.iterdir()) == ["output.log"]
+    left = sorted(p.name for p in folder.iterdir())
+    assert left == [f"output-{life}.log", "replica"]
 
 
 async def test_a_process_that_dies_at_start_is_told_with_its_last_words(tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ async def test_a_grandchild_that_holds_the_pipes_delays_nothing_and_dies_too(tmp
     async with running(config_at(tmp_path)) as run:
         run.runner.start(order(behave="grandchild", session=session))
         await run.ready()
-        log = run.runner.log(REPLICA)
+        log = run.runner.logs.latest(REPLICA)
         assert log is not None
         line = next(text for text in log.last_lines(4096).splitlines() if text.startswith("grandchild"))
         grandchild = int(line.split()[1])
@@ -211,9 +215,10 @@ async def test_a_follower_of_the_log_sees_every_line_to_the_end(tmp_path: Path) 
     """F46."""
     async with running(config_at(tmp_path)) as run:
         run.runner.start(order(behave="exit", lines="5000"))
-        log = run.runner.log(REPLICA)
+        log = run.runner.logs.latest(REPLICA)
         assert log is not None
-        lines = [line async for line in log.lines(tail=100_000, follow=True)]
+        found = run.runner.logs.stream_life(log, follow=True, tail=100_000)
+        lines = [line.text async for line in found]
         await run.end()
     assert lines == ["starting m/n1/0", *(f"line {n}" for n in range(5000)), "good bye, cruel world"]
 
