@@ -23,42 +23,60 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from localmesh.v1 import types_pb2 as localmesh_dot_v1_dot_types__pb2
+from localmesh.v1 import worker_service_pb2 as localmesh_dot_v1_dot_worker__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!localmesh/v1/router_service.proto\x12\x0clocalmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18localmesh/v1/types.proto\"$\n\x13\x45nsureLoadedRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x14\x45nsureLoadedResponse\x12&\n\x07replica\x18\x01 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\r\n\x05ready\x18\x02 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xa8\x02\n\x11GetStatusResponse\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x16\n\x0estore_revision\x18\x02 \x01(\x03\x12\x17\n\x0fstore_connected\x18\x03 \x01(\x08\x12\x30\n\rstore_silence\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x12\n\nreconciler\x18\x06 \x01(\t\x12\x0e\n\x06router\x18\x07 \x01(\t\x12\x12\n\nlive_nodes\x18\x08 \x01(\x05\x12\r\n\x05nodes\x18\t \x01(\x05\x12\x0e\n\x06models\x18\n \x01(\x05\x12\x16\n\x0eready_replicas\x18\x0b \x01(\x05\x12\x10\n\x08replicas\x18\x0c \x01(\x05\x12\x10\n\x08warnings\x18\r \x03(\t\"r\n\x11StreamLogsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x12\n\ntail_lines\x18\x05 \x01(\x05\x42\x08\n\x06_index\"I\n\x12StreamLogsResponse\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0c\n\x04line\x18\x02 \x01(\t\"~\n\x17\x45xplainPlacementRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.localmesh.v1.ModelSpec\x12-\n\x06policy\x18\x03 \x01(\x0b\x32\x1d.localmesh.v1.PlacementPolicy\"]\n\rFilterVerdict\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12,\n\x07outcome\x18\x02 \x01(\x0e\x32\x1b.localmesh.v1.FilterOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\".\n\rScorerVerdict\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x03\"\xa0\x01\n\rDeviceVerdict\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x03\x12\x15\n\rclaimed_bytes\x18\x04 \x01(\x03\x12\x12\n\nroom_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cneeded_bytes\x18\x06 \x01(\x03\x12\x0e\n\x06\x63hosen\x18\x07 \x01(\x08\x12\x0e\n\x06reason\x18\x08 \x01(\t\"\xb2\x01\n\x0bNodeVerdict\x12\x0c\n\x04node\x18\x01 \x01(\t\x12,\n\x07\x66ilters\x18\x02 \x03(\x0b\x32\x1b.localmesh.v1.FilterVerdict\x12,\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.localmesh.v1.DeviceVerdict\x12+\n\x06scores\x18\x04 \x03(\x0b\x32\x1b.localmesh.v1.ScorerVerdict\x12\x0c\n\x04rank\x18\x05 \x01(\x05\"\xa2\x02\n\x18\x45xplainPlacementResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12(\n\x05nodes\x18\x04 \x03(\x0b\x32\x19.localmesh.v1.NodeVerdict\x12%\n\x06\x63hosen\x18\x05 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x10\n\x08replicas\x18\x08 \x01(\x05\x12\x14\n\x0cmin_replicas\x18\t \x01(\x05\x12+\n\x08\x66\x61ilures\x18\n \x03(\x0b\x32\x19.localmesh.v1.LoadFailure\x12\r\n\x05notes\x18\x0b \x03(\t*\x81\x01\n\rFilterOutcome\x12\x1e\n\x1a\x46ILTER_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46ILTER_OUTCOME_PASSED\x10\x01\x12\x19\n\x15\x46ILTER_OUTCOME_FAILED\x10\x02\x12\x1a\n\x16\x46ILTER_OUTCOME_SKIPPED\x10\x03\x32\xec\x02\n\rRouterService\x12W\n\x0c\x45nsureLoaded\x12!.localmesh.v1.EnsureLoadedRequest\x1a\".localmesh.v1.EnsureLoadedResponse0\x01\x12L\n\tGetStatus\x12\x1e.localmesh.v1.GetStatusRequest\x1a\x1f.localmesh.v1.GetStatusResponse\x12Q\n\nStreamLogs\x12\x1f.localmesh.v1.StreamLogsRequest\x1a .localmesh.v1.StreamLogsResponse0\x01\x12\x61\n\x10\x45xplainPlacement\x12%.localmesh.v1.ExplainPlacementRequest\x1a&.localmesh.v1.ExplainPlacementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!localmesh/v1/router_service.proto\x12\x0clocalmesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18localmesh/v1/types.proto\x1a!localmesh/v1/worker_service.proto\"$\n\x13\x45nsureLoadedRequest\x12\r\n\x05model\x18\x01 \x01(\t\"M\n\x14\x45nsureLoadedResponse\x12&\n\x07replica\x18\x01 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\r\n\x05ready\x18\x02 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xa8\x02\n\x11GetStatusResponse\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x16\n\x0estore_revision\x18\x02 \x01(\x03\x12\x17\n\x0fstore_connected\x18\x03 \x01(\x08\x12\x30\n\rstore_silence\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x12\n\nreconciler\x18\x06 \x01(\t\x12\x0e\n\x06router\x18\x07 \x01(\t\x12\x12\n\nlive_nodes\x18\x08 \x01(\x05\x12\r\n\x05nodes\x18\t \x01(\x05\x12\x0e\n\x06models\x18\n \x01(\x05\x12\x16\n\x0eready_replicas\x18\x0b \x01(\x05\x12\x10\n\x08replicas\x18\x0c \x01(\x05\x12\x10\n\x08warnings\x18\r \x03(\t\"r\n\x11StreamLogsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\x05index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x12\n\ntail_lines\x18\x05 \x01(\x05\x42\x08\n\x06_index\"\xa7\x01\n\x12StreamLogsResponse\x12%\n\x03ref\x18\x01 \x01(\x0b\x32\x18.localmesh.v1.ReplicaRef\x12\x0c\n\x04line\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04life\x18\x04 \x01(\x03\x12\x10\n\x08sequence\x18\x05 \x01(\x03\x12\x12\n\nlost_bytes\x18\x06 \x01(\x03\"_\n\x19InstallNodeBackendRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x34\n\x07request\x18\x02 \x01(\x0b\x32#.localmesh.v1.InstallBackendRequest\"T\n\x1aInstallNodeBackendResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.localmesh.v1.InstallBackendResponse\"_\n\x19UpgradeNodeBackendRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x34\n\x07request\x18\x02 \x01(\x0b\x32#.localmesh.v1.UpgradeBackendRequest\"T\n\x1aUpgradeNodeBackendResponse\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.localmesh.v1.UpgradeBackendResponse\"]\n\x18\x44\x65leteNodeBackendRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x33\n\x07request\x18\x02 \x01(\x0b\x32\".localmesh.v1.DeleteBackendRequest\"R\n\x19\x44\x65leteNodeBackendResponse\x12\x35\n\x08response\x18\x01 \x01(\x0b\x32#.localmesh.v1.DeleteBackendResponse\"\'\n\x17ListNodeBackendsRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"P\n\x18ListNodeBackendsResponse\x12\x34\n\x08response\x18\x01 \x01(\x0b\x32\".localmesh.v1.ListBackendsResponse\"~\n\x17\x45xplainPlacementRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.localmesh.v1.ModelSpec\x12-\n\x06policy\x18\x03 \x01(\x0b\x32\x1d.localmesh.v1.PlacementPolicy\"]\n\rFilterVerdict\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12,\n\x07outcome\x18\x02 \x01(\x0e\x32\x1b.localmesh.v1.FilterOutcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\".\n\rScorerVerdict\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x03\"\xa0\x01\n\rDeviceVerdict\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x03\x12\x15\n\rclaimed_bytes\x18\x04 \x01(\x03\x12\x12\n\nroom_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cneeded_bytes\x18\x06 \x01(\x03\x12\x0e\n\x06\x63hosen\x18\x07 \x01(\x08\x12\x0e\n\x06reason\x18\x08 \x01(\t\"\xb2\x01\n\x0bNodeVerdict\x12\x0c\n\x04node\x18\x01 \x01(\t\x12,\n\x07\x66ilters\x18\x02 \x03(\x0b\x32\x1b.localmesh.v1.FilterVerdict\x12,\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1b.localmesh.v1.DeviceVerdict\x12+\n\x06scores\x18\x04 \x03(\x0b\x32\x1b.localmesh.v1.ScorerVerdict\x12\x0c\n\x04rank\x18\x05 \x01(\x05\"\xa2\x02\n\x18\x45xplainPlacementResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12(\n\x05nodes\x18\x04 \x03(\x0b\x32\x19.localmesh.v1.NodeVerdict\x12%\n\x06\x63hosen\x18\x05 \x01(\x0b\x32\x15.localmesh.v1.Replica\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x10\n\x08replicas\x18\x08 \x01(\x05\x12\x14\n\x0cmin_replicas\x18\t \x01(\x05\x12+\n\x08\x66\x61ilures\x18\n \x03(\x0b\x32\x19.localmesh.v1.LoadFailure\x12\r\n\x05notes\x18\x0b \x03(\t*\x81\x01\n\rFilterOutcome\x12\x1e\n\x1a\x46ILTER_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46ILTER_OUTCOME_PASSED\x10\x01\x12\x19\n\x15\x46ILTER_OUTCOME_FAILED\x10\x02\x12\x1a\n\x16\x46ILTER_OUTCOME_SKIPPED\x10\x03\x32\x8f\x06\n\rRouterService\x12W\n\x0c\x45nsureLoaded\x12!.localmesh.v1.EnsureLoadedRequest\x1a\".localmesh.v1.EnsureLoadedResponse0\x01\x12L\n\tGetStatus\x12\x1e.localmesh.v1.GetStatusRequest\x1a\x1f.localmesh.v1.GetStatusResponse\x12Q\n\nStreamLogs\x12\x1f.localmesh.v1.StreamLogsRequest\x1a .localmesh.v1.StreamLogsResponse0\x01\x12k\n\x12InstallNodeBackend\x12\'.localmesh.v1.InstallNodeBackendRequest\x1a(.localmesh.v1.InstallNodeBackendResponse(\x01\x30\x01\x12k\n\x12UpgradeNodeBackend\x12\'.localmesh.v1.UpgradeNodeBackendRequest\x1a(.localmesh.v1.UpgradeNodeBackendResponse(\x01\x30\x01\x12\x64\n\x11\x44\x65leteNodeBackend\x12&.localmesh.v1.DeleteNodeBackendRequest\x1a\'.localmesh.v1.DeleteNodeBackendResponse\x12\x61\n\x10ListNodeBackends\x12%.localmesh.v1.ListNodeBackendsRequest\x1a&.localmesh.v1.ListNodeBackendsResponse\x12\x61\n\x10\x45xplainPlacement\x12%.localmesh.v1.ExplainPlacementRequest\x1a&.localmesh.v1.ExplainPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'localmesh.v1.router_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FILTEROUTCOME']._serialized_start=1645
-  _globals['_FILTEROUTCOME']._serialized_end=1774
-  _globals['_ENSURELOADEDREQUEST']._serialized_start=109
-  _globals['_ENSURELOADEDREQUEST']._serialized_end=145
-  _globals['_ENSURELOADEDRESPONSE']._serialized_start=147
-  _globals['_ENSURELOADEDRESPONSE']._serialized_end=224
-  _globals['_GETSTATUSREQUEST']._serialized_start=226
-  _globals['_GETSTATUSREQUEST']._serialized_end=244
-  _globals['_GETSTATUSRESPONSE']._serialized_start=247
-  _globals['_GETSTATUSRESPONSE']._serialized_end=543
-  _globals['_STREAMLOGSREQUEST']._serialized_start=545
-  _globals['_STREAMLOGSREQUEST']._serialized_end=659
-  _globals['_STREAMLOGSRESPONSE']._serialized_start=661
-  _globals['_STREAMLOGSRESPONSE']._serialized_end=734
-  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_start=736
-  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_end=862
-  _globals['_FILTERVERDICT']._serialized_start=864
-  _globals['_FILTERVERDICT']._serialized_end=957
-  _globals['_SCORERVERDICT']._serialized_start=959
-  _globals['_SCORERVERDICT']._serialized_end=1005
-  _globals['_DEVICEVERDICT']._serialized_start=1008
-  _globals['_DEVICEVERDICT']._serialized_end=1168
-  _globals['_NODEVERDICT']._serialized_start=1171
-  _globals['_NODEVERDICT']._serialized_end=1349
-  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_start=1352
-  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_end=1642
-  _globals['_ROUTERSERVICE']._serialized_start=1777
-  _globals['_ROUTERSERVICE']._serialized_end=2141
+  _globals['_FILTEROUTCOME']._serialized_start=2476
+  _globals['_FILTEROUTCOME']._serialized_end=2605
+  _globals['_ENSURELOADEDREQUEST']._serialized_start=177
+  _globals['_ENSURELOADEDREQUEST']._serialized_end=213
+  _globals['_ENSURELOADEDRESPONSE']._serialized_start=215
+  _globals['_ENSURELOADEDRESPONSE']._serialized_end=292
+  _globals['_GETSTATUSREQUEST']._serialized_start=294
+  _globals['_GETSTATUSREQUEST']._serialized_end=312
+  _globals['_GETSTATUSRESPONSE']._serialized_start=315
+  _globals['_GETSTATUSRESPONSE']._serialized_end=611
+  _globals['_STREAMLOGSREQUEST']._serialized_start=613
+  _globals['_STREAMLOGSREQUEST']._serialized_end=727
+  _globals['_STREAMLOGSRESPONSE']._serialized_start=730
+  _globals['_STREAMLOGSRESPONSE']._serialized_end=897
+  _globals['_INSTALLNODEBACKENDREQUEST']._serialized_start=899
+  _globals['_INSTALLNODEBACKENDREQUEST']._serialized_end=994
+  _globals['_INSTALLNODEBACKENDRESPONSE']._serialized_start=996
+  _globals['_INSTALLNODEBACKENDRESPONSE']._serialized_end=1080
+  _globals['_UPGRADENODEBACKENDREQUEST']._serialized_start=1082
+  _globals['_UPGRADENODEBACKENDREQUEST']._serialized_end=1177
+  _globals['_UPGRADENODEBACKENDRESPONSE']._serialized_start=1179
+  _globals['_UPGRADENODEBACKENDRESPONSE']._serialized_end=1263
+  _globals['_DELETENODEBACKENDREQUEST']._serialized_start=1265
+  _globals['_DELETENODEBACKENDREQUEST']._serialized_end=1358
+  _globals['_DELETENODEBACKENDRESPONSE']._serialized_start=1360
+  _globals['_DELETENODEBACKENDRESPONSE']._serialized_end=1442
+  _globals['_LISTNODEBACKENDSREQUEST']._serialized_start=1444
+  _globals['_LISTNODEBACKENDSREQUEST']._serialized_end=1483
+  _globals['_LISTNODEBACKENDSRESPONSE']._serialized_start=1485
+  _globals['_LISTNODEBACKENDSRESPONSE']._serialized_end=1565
+  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_start=1567
+  _globals['_EXPLAINPLACEMENTREQUEST']._serialized_end=1693
+  _globals['_FILTERVERDICT']._serialized_start=1695
+  _globals['_FILTERVERDICT']._serialized_end=1788
+  _globals['_SCORERVERDICT']._serialized_start=1790
+  _globals['_SCORERVERDICT']._serialized_end=1836
+  _globals['_DEVICEVERDICT']._serialized_start=1839
+  _globals['_DEVICEVERDICT']._serialized_end=1999
+  _globals['_NODEVERDICT']._serialized_start=2002
+  _globals['_NODEVERDICT']._serialized_end=2180
+  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_start=2183
+  _globals['_EXPLAINPLACEMENTRESPONSE']._serialized_end=2473
+  _globals['_ROUTERSERVICE']._serialized_start=2608
+  _globals['_ROUTERSERVICE']._serialized_end=3391
 # @@protoc_insertion_point(module_scope)

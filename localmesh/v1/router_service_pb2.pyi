@@ -7,9 +7,11 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from localmesh.v1 import types_pb2 as _types_pb2
+from localmesh.v1 import worker_service_pb2 as _worker_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -238,25 +240,247 @@ class StreamLogsResponse(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     LINE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    LOST_BYTES_FIELD_NUMBER: _builtins.int
     line: _builtins.str
     """The line, without its end."""
+    life: _builtins.int
+    """Number of the process that wrote it: a replica's name is given again and again."""
+    sequence: _builtins.int
+    """Its number among the lines of that process, from 1."""
+    lost_bytes: _builtins.int
+    """Bytes of that process's output before this line that were given up, because the reader was slower than the log is
+    long.
+    """
     @_builtins.property
     def ref(self) -> _types_pb2.ReplicaRef:
         """Whose."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When its worker saw it."""
 
     def __init__(
         self,
         *,
         ref: _types_pb2.ReplicaRef | None = ...,
         line: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        life: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        lost_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["line", b"line", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["life", b"life", "line", b"line", "lost_bytes", b"lost_bytes", "ref", b"ref", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamLogsResponse: _TypeAlias = StreamLogsResponse  # noqa: Y015
+
+@_typing.final
+class InstallNodeBackendRequest(_message.Message):
+    """Message of the caller of InstallNodeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the node."""
+    @_builtins.property
+    def request(self) -> _worker_service_pb2.InstallBackendRequest:
+        """For its worker."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        request: _worker_service_pb2.InstallBackendRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstallNodeBackendRequest: _TypeAlias = InstallNodeBackendRequest  # noqa: Y015
+
+@_typing.final
+class InstallNodeBackendResponse(_message.Message):
+    """Message on InstallNodeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> _worker_service_pb2.InstallBackendResponse:
+        """Of the worker."""
+
+    def __init__(
+        self,
+        *,
+        response: _worker_service_pb2.InstallBackendResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstallNodeBackendResponse: _TypeAlias = InstallNodeBackendResponse  # noqa: Y015
+
+@_typing.final
+class UpgradeNodeBackendRequest(_message.Message):
+    """Message of the caller of UpgradeNodeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the node."""
+    @_builtins.property
+    def request(self) -> _worker_service_pb2.UpgradeBackendRequest:
+        """For its worker."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        request: _worker_service_pb2.UpgradeBackendRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeNodeBackendRequest: _TypeAlias = UpgradeNodeBackendRequest  # noqa: Y015
+
+@_typing.final
+class UpgradeNodeBackendResponse(_message.Message):
+    """Message on UpgradeNodeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> _worker_service_pb2.UpgradeBackendResponse:
+        """Of the worker."""
+
+    def __init__(
+        self,
+        *,
+        response: _worker_service_pb2.UpgradeBackendResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeNodeBackendResponse: _TypeAlias = UpgradeNodeBackendResponse  # noqa: Y015
+
+@_typing.final
+class DeleteNodeBackendRequest(_message.Message):
+    """Request for DeleteNodeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the node."""
+    @_builtins.property
+    def request(self) -> _worker_service_pb2.DeleteBackendRequest:
+        """For its worker."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        request: _worker_service_pb2.DeleteBackendRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteNodeBackendRequest: _TypeAlias = DeleteNodeBackendRequest  # noqa: Y015
+
+@_typing.final
+class DeleteNodeBackendResponse(_message.Message):
+    """Response of DeleteNodeBackend."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> _worker_service_pb2.DeleteBackendResponse:
+        """Of the worker."""
+
+    def __init__(
+        self,
+        *,
+        response: _worker_service_pb2.DeleteBackendResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteNodeBackendResponse: _TypeAlias = DeleteNodeBackendResponse  # noqa: Y015
+
+@_typing.final
+class ListNodeBackendsRequest(_message.Message):
+    """Request for ListNodeBackends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Name of the node."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListNodeBackendsRequest: _TypeAlias = ListNodeBackendsRequest  # noqa: Y015
+
+@_typing.final
+class ListNodeBackendsResponse(_message.Message):
+    """Response of ListNodeBackends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> _worker_service_pb2.ListBackendsResponse:
+        """Of the worker."""
+
+    def __init__(
+        self,
+        *,
+        response: _worker_service_pb2.ListBackendsResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListNodeBackendsResponse: _TypeAlias = ListNodeBackendsResponse  # noqa: Y015
 
 @_typing.final
 class ExplainPlacementRequest(_message.Message):

@@ -51,6 +51,26 @@ class RouterServiceStub(object):
                 request_serializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsRequest.SerializeToString,
                 response_deserializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsResponse.FromString,
                 _registered_method=True)
+        self.InstallNodeBackend = channel.stream_stream(
+                '/localmesh.v1.RouterService/InstallNodeBackend',
+                request_serializer=localmesh_dot_v1_dot_router__service__pb2.InstallNodeBackendRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_router__service__pb2.InstallNodeBackendResponse.FromString,
+                _registered_method=True)
+        self.UpgradeNodeBackend = channel.stream_stream(
+                '/localmesh.v1.RouterService/UpgradeNodeBackend',
+                request_serializer=localmesh_dot_v1_dot_router__service__pb2.UpgradeNodeBackendRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_router__service__pb2.UpgradeNodeBackendResponse.FromString,
+                _registered_method=True)
+        self.DeleteNodeBackend = channel.unary_unary(
+                '/localmesh.v1.RouterService/DeleteNodeBackend',
+                request_serializer=localmesh_dot_v1_dot_router__service__pb2.DeleteNodeBackendRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_router__service__pb2.DeleteNodeBackendResponse.FromString,
+                _registered_method=True)
+        self.ListNodeBackends = channel.unary_unary(
+                '/localmesh.v1.RouterService/ListNodeBackends',
+                request_serializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsResponse.FromString,
+                _registered_method=True)
         self.ExplainPlacement = channel.unary_unary(
                 '/localmesh.v1.RouterService/ExplainPlacement',
                 request_serializer=localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementRequest.SerializeToString,
@@ -82,10 +102,44 @@ class RouterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamLogs(self, request, context):
-        """Lines of output of a model's replicas: first those that are there, each replica's in order, then, with "follow",
-        new ones as they come. A replica that starts later is joined to a stream that follows. The stream of a replica that
-        ends just ends.
-        Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_REPLICA_NOT_FOUND.
+        """Lines of output of a model's replicas, those that have ended lately included: first those that are there, in the
+        order of their time, then, with "follow", new ones as they come, until the caller leaves. Replicas that start later
+        and nodes that come back are joined to a stream that follows. No line is left out or sent twice between the two
+        parts, nor when the connection to a node breaks meanwhile.
+        Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_REPLICA_NOT_FOUND when there is no
+        line and no replica of that name and nothing to come was asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InstallNodeBackend(self, request_iterator, context):
+        """WorkerService.InstallBackend on a node. "node" is read in the first message. For operators.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_COMPONENT_UNREACHABLE, and those of the worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpgradeNodeBackend(self, request_iterator, context):
+        """WorkerService.UpgradeBackend on a node. "node" is read in the first message. For operators.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_COMPONENT_UNREACHABLE, and those of the worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteNodeBackend(self, request, context):
+        """WorkerService.DeleteBackend on a node. For operators.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_COMPONENT_UNREACHABLE, and those of the worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListNodeBackends(self, request, context):
+        """WorkerService.ListBackends of a node.
+        Errors: ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_COMPONENT_UNREACHABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +171,26 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.StreamLogs,
                     request_deserializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsRequest.FromString,
                     response_serializer=localmesh_dot_v1_dot_router__service__pb2.StreamLogsResponse.SerializeToString,
+            ),
+            'InstallNodeBackend': grpc.stream_stream_rpc_method_handler(
+                    servicer.InstallNodeBackend,
+                    request_deserializer=localmesh_dot_v1_dot_router__service__pb2.InstallNodeBackendRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_router__service__pb2.InstallNodeBackendResponse.SerializeToString,
+            ),
+            'UpgradeNodeBackend': grpc.stream_stream_rpc_method_handler(
+                    servicer.UpgradeNodeBackend,
+                    request_deserializer=localmesh_dot_v1_dot_router__service__pb2.UpgradeNodeBackendRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_router__service__pb2.UpgradeNodeBackendResponse.SerializeToString,
+            ),
+            'DeleteNodeBackend': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteNodeBackend,
+                    request_deserializer=localmesh_dot_v1_dot_router__service__pb2.DeleteNodeBackendRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_router__service__pb2.DeleteNodeBackendResponse.SerializeToString,
+            ),
+            'ListNodeBackends': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNodeBackends,
+                    request_deserializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsResponse.SerializeToString,
             ),
             'ExplainPlacement': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainPlacement,
@@ -207,6 +281,114 @@ class RouterService(object):
             '/localmesh.v1.RouterService/StreamLogs',
             localmesh_dot_v1_dot_router__service__pb2.StreamLogsRequest.SerializeToString,
             localmesh_dot_v1_dot_router__service__pb2.StreamLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InstallNodeBackend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/localmesh.v1.RouterService/InstallNodeBackend',
+            localmesh_dot_v1_dot_router__service__pb2.InstallNodeBackendRequest.SerializeToString,
+            localmesh_dot_v1_dot_router__service__pb2.InstallNodeBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpgradeNodeBackend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/localmesh.v1.RouterService/UpgradeNodeBackend',
+            localmesh_dot_v1_dot_router__service__pb2.UpgradeNodeBackendRequest.SerializeToString,
+            localmesh_dot_v1_dot_router__service__pb2.UpgradeNodeBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteNodeBackend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RouterService/DeleteNodeBackend',
+            localmesh_dot_v1_dot_router__service__pb2.DeleteNodeBackendRequest.SerializeToString,
+            localmesh_dot_v1_dot_router__service__pb2.DeleteNodeBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNodeBackends(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RouterService/ListNodeBackends',
+            localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsRequest.SerializeToString,
+            localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsResponse.FromString,
             options,
             channel_credentials,
             insecure,
