@@ -61,14 +61,14 @@ class BackendServicer(backend_pb2_grpc.BackendServicer):
     async def Predict(self, request: pb.PredictOptions, context: Any) -> pb.Reply:
         """Continue a text or answer a conversation."""
         with self._call(request, context):
-            call = requests.predict_call(request, self._spec.name)
+            call = requests.predict_call(request, self._spec.name, streamed=False)
             whole, end = await collect(self._engine, self._pieces(call))
             return requests.whole_reply(whole, end, chat=isinstance(call, ChatCall))
 
     async def PredictStream(self, request: pb.PredictOptions, context: Any) -> AsyncGenerator[pb.Reply, None]:
         """Predict, piece by piece."""
         with self._call(request, context):
-            call = requests.predict_call(request, self._spec.name)
+            call = requests.predict_call(request, self._spec.name, streamed=True)
             async with aclosing(self._pieces(call)) as pieces:
                 async for piece in pieces:
                     yield requests.reply_of(piece, chat=isinstance(call, ChatCall))

@@ -17,7 +17,7 @@ _ROLES = frozenset({"system", "user", "assistant", "tool", "developer"})
 _MAX_LOGPROBS = 20
 
 
-def predict_call(options: pb.PredictOptions, model: ModelName) -> base.GenerateCall | base.ChatCall:
+def predict_call(options: pb.PredictOptions, model: ModelName, *, streamed: bool) -> base.GenerateCall | base.ChatCall:
     """Return the call that the options ask for: a chat where the model's own template is to be used.
 
     Raises:
@@ -33,7 +33,7 @@ def predict_call(options: pb.PredictOptions, model: ModelName) -> base.GenerateC
     if not (options.UseTokenizerTemplate and options.Messages):
         if not options.Prompt:
             raise InvalidRequest("Prompt is empty.", field="Prompt")
-        return base.GenerateCall(prompt=options.Prompt, sampling=sampling)
+        return base.GenerateCall(prompt=options.Prompt, sampling=sampling, streamed=streamed)
     tools = _tools(options.Tools)
     if tools and sampling.grammar:
         raise InvalidRequest("Grammar cannot be used together with Tools.", field="Grammar")
@@ -42,6 +42,7 @@ def predict_call(options: pb.PredictOptions, model: ModelName) -> base.GenerateC
         sampling=sampling,
         tools=tools,
         tool_choice=_tool_choice(options.ToolChoice, tools),
+        streamed=streamed,
     )
 
 

@@ -30,7 +30,6 @@ from localmesh.replica.engines.base import (
     Piece,
     Ranking,
     ReportPhase,
-    Sampling,
     Score,
     TokenLogprob,
 )
@@ -142,14 +141,14 @@ class LlamaEngine:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Piece, None]:
         """See Engine."""
         body = llama_json.generate_body(call)
-        async with aclosing(self._stream("/v1/completions", body, call.sampling, "prompt")) as pieces:
+        async with aclosing(self._answer("/v1/completions", body, call, "prompt")) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def chat(self, call: ChatCall) -> AsyncGenerator[Piece, None]:
         """See Engine."""
         body = llama_json.chat_body(call)
-        async with aclosing(self._stream("/v1/chat/completions", body, call.sampling, "messages")) as pieces:
+        async with aclosing(self._answer("/v1/chat/completions", body, call, "messages")) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -225,13 +224,13 @@ class LlamaEngine:
             raise EngineFailed("llama.cpp did not take the token that was forced on it.", engine=self.name)
         return TokenLogprob(token=str(entry["token"]), logprob=float(entry["logprob"]))
 
-    async def _stream(
-        self, url: str, body: Mapping[str, Any], sampling: Sampling, field: str
+    async def _answer(
+        self, url: str, body: Mapping[str, Any], call: GenerateCall | ChatCall, field: str
     ) -> AsyncGenerator[Piece, None]:
         ending = llama_json.EndBuilder()
-        request = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        sampling = call.sampling
         try:
-            async with aclosing(self._http.stream(url, request)) as events:
+            async with aclosing(self._events(url, body, streamed=call.streamed)) as events:
                 async for event in events:
                     ending.look_at(event)
                     piece = llama_json.piece_of(event, alternatives=sampling.logprobs or 0)
@@ -242,6 +241,18 @@ class LlamaEngine:
         except LlamaHttpBroken as error:
             raise self._broken(error) from error
         yield Piece(end=ending.end())
+
+    async def _events(
+        self, url: str, body: Mapping[str, Any], *, streamed: bool
+    ) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Give the events of an answer; a whole answer is one event."""
+        if not streamed:
+            yield await self._http.call("POST", url, body)
+            return
+        request = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        async with aclosing(self._http.stream(url, request)) as events:
+            async for event in events:
+                yield event
 
     async def _call(self, method: str, url: str, body: Mapping[str, Any] | None, *, field: str) -> Any:
         try:

@@ -118,29 +118,28 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def piece_of(event: Mapping[str, Any], *, alternatives: int) -> Piece | None:
-    """Return the piece in an event of a streamed answer, or None where there is nothing in it for the caller.
+    """Return the piece in an event of a streamed answer, or in a whole one; None where there is nothing for the caller.
 
-    The piece that names the reason of the end has no `end` yet: usage may come in an event of its own. See `End`s of
-    `EndBuilder`.
+    It never has an `end`: usage may come in an event of its own. See EndBuilder.
     """
     text = reasoning = ""
     calls: list[CallPiece] = []
     logprobs: tuple[TokenLogprob, ...] = ()
     for choice in event.get("choices") or ():
-        delta = choice.get("delta") or {}
+        delta = choice.get("delta") or choice.get("message") or {}
         text += choice.get("text") or delta.get("content") or ""
         reasoning += delta.get("reasoning_content") or ""
-        calls += [_call_piece(c) for c in delta.get("tool_calls") or ()]
+        calls += [_call_piece(c, place) for place, c in enumerate(delta.get("tool_calls") or ())]
         logprobs += _logprobs((choice.get("logprobs") or {}).get("content"), alternatives)
     if not (text or reasoning or calls or logprobs):
         return None
     return Piece(text=text, reasoning=reasoning, tool_calls=tuple(calls), logprobs=logprobs)
 
 
-def _call_piece(raw: Mapping[str, Any]) -> CallPiece:
+def _call_piece(raw: Mapping[str, Any], place: int) -> CallPiece:
     function = raw.get("function") or {}
     return CallPiece(
-        index=int(raw.get("index", 0)),
+        index=int(raw.get("index", place)),
         id=raw.get("id") or "",
         name=function.get("name") or "",
         arguments=function.get("arguments") or "",
