@@ -266,7 +266,6 @@ class ProcessEngine:
             "LOCALAI_GRPC_AUTH_TOKEN": self._token,
             "PYTHON_GRPC_MAX_WORKERS": str(max(1, self._spec.slots)),
             "OMP_NUM_THREADS": str(max(1, self._spec.threads)),
-            "HF_HUB_OFFLINE": "1",
         }
 
     async def _or_dies(self, step: Coroutine[Any, Any, None], limit: str, what: str) -> None:

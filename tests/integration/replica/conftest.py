@@ -188,14 +188,25 @@ def echo_backend(tmp_path: Path) -> Callable[..., Path]:
     return install
 
 
-@pytest.fixture(scope="session")
-def make_gguf() -> Callable[..., Path]:
-    """Return make_random_gguf(path, layers=..., ...)."""
+def _maker(file: str, function: str) -> Callable[..., Path]:
+    """Return a function of a file in tests/models, which is no package."""
     pytest.importorskip("gguf", reason="the extra 'engines' is not installed")
-    place = importlib.util.spec_from_file_location("random_gguf", REPOSITORY / "tests" / "models" / "random_gguf.py")
+    place = importlib.util.spec_from_file_location(file, REPOSITORY / "tests" / "models" / f"{file}.py")
     assert place is not None
     assert place.loader is not None
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
-    make: Callable[..., Path] = module.make_random_gguf
+    make: Callable[..., Path] = getattr(module, function)
     return make
+
+
+@pytest.fixture(scope="session")
+def make_gguf() -> Callable[..., Path]:
+    """Return make_random_gguf(path, layers=..., ...)."""
+    return _maker("random_gguf", "make_random_gguf")
+
+
+@pytest.fixture(scope="session")
+def make_reranker() -> Callable[..., Path]:
+    """Return make_random_reranker(path)."""
+    return _maker("random_reranker", "make_random_reranker")

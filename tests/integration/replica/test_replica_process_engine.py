@@ -13,7 +13,7 @@ import pytest
 
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ModelSpec
-from localmesh.core.replica_process import FailedEvent
+from localmesh.core.replica_process import FailedEvent, LoadEvent
 from localmesh.rpc.errors import from_rpc_error
 from localmesh.thirdparty import backend_pb2
 from localmesh.thirdparty.backend_pb2_grpc import BackendStub
@@ -207,16 +207,21 @@ async def test_an_error_of_the_backend_is_passed_on_in_its_words(start_echo: Sta
         assert (await InferenceServiceStub(channel).Generate(pb.GenerateRequest(prompt="x"))).text == "echo: x"
 
 
-async def test_the_slot_of_a_caller_that_left_is_taken_until_the_backend_is_free(start_echo: Start) -> None:
-    replica = start_echo().ready()
+@pytest.mark.parametrize("raw", [False, True])
+async def test_the_slot_of_a_caller_that_left_is_taken_until_the_backend_is_free(start_echo: Start, raw: bool) -> None:
+    replica = start_echo(hang_seconds="30").ready()
     async with replica.channel() as channel:
         stub = InferenceServiceStub(channel)
-        abandoned = stub.Generate(pb.GenerateRequest(prompt="slow 1.5"))
+        if raw:
+            abandoned = BackendStub(channel).Predict(backend_pb2.PredictOptions(Prompt="slow 1.5"))
+        else:
+            abandoned = stub.Generate(pb.GenerateRequest(prompt="slow 1.5"))
         async with asyncio.timeout(LONG):
             while not (replica.backend / "started").exists():
                 await asyncio.sleep(0.02)
         abandoned.cancel()
         (replica.backend / "started").unlink()
+        await replica.see(LoadEvent, lambda e: e.in_flight == 0)
         assert (await stub.Generate(pb.GenerateRequest(prompt="slow 0"), timeout=LONG)).text == "echo: slow 0"
         assert (await BackendStub(channel).Health(backend_pb2.HealthMessage())).message == b"OK"
 
