@@ -91,7 +91,7 @@ class Router:
             interval_seconds=config.reconcile_interval_seconds,
         )
         servicer = RouterServicer(
-            config, mirror, clock, self._cold, LogRelay(mirror, channels), self._reconciler.worries
+            config, mirror, clock, self._cold, LogRelay(mirror, channels, clock), self._reconciler.worries
         )
         self.server = self._make_server(self._make_calls(holder, clock), servicer, clock)
         self._health = ModelHealth(

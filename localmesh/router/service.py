@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from localmesh.core.clock import Clock
-from localmesh.core.ids import ModelName, ReplicaId
+from localmesh.core.ids import ModelName
 from localmesh.core.records import ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.router.cold import ColdLoader, Load
@@ -16,7 +16,7 @@ from localmesh.router.config import RouterConfig
 from localmesh.router.logs import LogRelay, LogSelection
 from localmesh.router.views import coming, require_model
 from localmesh.router.warnings import warnings_of
-from localmesh.rpc.convert import model_name_of, node_name_of, replica_ref, replica_to_proto
+from localmesh.rpc.convert import model_name_of, node_name_of, replica_to_proto
 from localmesh.store.mirror import Mirror
 from localmesh.v1 import router_service_pb2 as pb
 from localmesh.v1 import router_service_pb2_grpc
@@ -121,15 +121,11 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         selection = LogSelection(
             model=model_name_of(request.model),
             index=request.index if request.HasField("index") else None,
-            node=node_name_of(request.node) if request.node else "",
+            node=node_name_of(request.node) if request.node else None,
             tail_lines=request.tail_lines,
             follow=request.follow,
         )
-
-        async def write(replica: ReplicaId, line: str) -> None:
-            await context.write(pb.StreamLogsResponse(ref=replica_ref(replica), line=line))
-
-        await self._logs.relay(selection, write)
+        await self._logs.relay(selection, context.write)
 
 
 def _loaded(snapshot: Snapshot, model: ModelName) -> Any:

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -10,7 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from localmesh.core.errors import ModelNotFound, ReplicaNotFound, StoreUnavailable
+from localmesh.core.errors import StoreUnavailable
 from localmesh.core.records import Policy
 from localmesh.etcd import EtcdBinary, EtcdServer
 from localmesh.router.config import RouterConfig
@@ -21,7 +20,7 @@ from localmesh.rpc.server import GrpcServer, ServerConfig
 from localmesh.store.holder import Holder
 from localmesh.store.leader import LeaderElection
 from localmesh.v1 import router_service_pb2 as pb
-from localmesh.v1 import router_service_pb2_grpc, worker_service_pb2, worker_service_pb2_grpc
+from localmesh.v1 import router_service_pb2_grpc
 from tests.integration.router_kit import CLOCK, declare, eventually, ready, router_mesh
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -75,7 +74,7 @@ async def test_requests_go_on_when_etcd_is_killed(etcd_binary: EtcdBinary, mesh_
 
 
 async def _until_disconnected(mirror: Any) -> None:
-    while mirror.connected:  # noqa: ASYNC110 - it follows from time passing
+    while mirror.connected:
         await asyncio.sleep(0.1)
 
 
@@ -165,7 +164,7 @@ async def test_status_shows_the_mesh_at_a_glance(etcd_endpoint: str, mesh_name: 
         stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
         async with asyncio.timeout(10):
             # The router's view and plans follow those of the test.
-            while "max-replicas-per-model" not in str((status := await _status(stub)).warnings):  # noqa: ASYNC110
+            while "max-replicas-per-model" not in str((status := await _status(stub)).warnings):
                 await asyncio.sleep(0.05)
         assert (status.mesh, status.router, status.reconciler, status.version) == (mesh_name, "r1", "r1", "test")
         assert (status.live_nodes, status.nodes, status.models, status.replicas) == (1, 1, 2, 2)
@@ -176,86 +175,3 @@ async def test_status_shows_the_mesh_at_a_glance(etcd_endpoint: str, mesh_name: 
 
 async def _status(stub: Any) -> Any:
     return await stub.GetStatus(pb.GetStatusRequest())
-
-
-class _Worker(worker_service_pb2_grpc.WorkerServiceServicer):  # type: ignore[misc]
-    """Has two lines of each replica, and gets one more for each `say`."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._more = asyncio.Condition()
-        self._said: list[str] = []
-
-    async def say(self, line: str) -> None:
-        async with self._more:
-            self._said.append(line)
-            self._more.notify_all()
-
-    async def StreamReplicaLogs(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        ref = f"{request.ref.model}/{request.ref.node}/{request.ref.index}"
-        for number in range(2):
-            yield worker_service_pb2.StreamReplicaLogsResponse(line=f"{ref} {number}")
-        sent = 0
-        while request.follow:
-            async with self._more:
-                await self._more.wait_for(lambda n=sent: len(self._said) > n)
-                lines, sent = self._said[sent:], len(self._said)
-            for line in lines:
-                yield worker_service_pb2.StreamReplicaLogsResponse(line=line)
-
-
-def _worker_server(worker: _Worker) -> GrpcServer:
-    server = GrpcServer(ServerConfig(drain_seconds=0.0), name="worker")
-    server.add(worker_service_pb2_grpc.add_WorkerServiceServicer_to_server, worker, "localmesh.v1.WorkerService")
-    return server
-
-
-async def test_lines_of_all_replicas_are_relayed_and_can_be_chosen(etcd_endpoint: str, mesh_name: str) -> None:
-    async with _worker_server(_Worker("a")) as a, _worker_server(_Worker("b")) as b:
-        async with router_mesh(etcd_endpoint, mesh_name) as mesh:
-            await declare(mesh.store, "tiny", Policy(min_replicas=2))
-            await declare(mesh.store, "cold")
-            await mesh.node("a", endpoint=a.endpoint)
-            await mesh.node("b", endpoint=b.endpoint)
-            router = await mesh.router()
-            stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
-            await eventually(mesh.mirror, lambda s: len(ready(s, "tiny")) == 2)
-
-            async def lines(**request: Any) -> list[str]:
-                call = stub.StreamLogs(pb.StreamLogsRequest(**request), timeout=20)
-                return [response.line async for response in call]
-
-            assert await lines(model="tiny") == ["tiny/a/0 0", "tiny/a/0 1", "tiny/b/0 0", "tiny/b/0 1"]
-            assert await lines(model="tiny", node="b") == ["tiny/b/0 0", "tiny/b/0 1"]
-            for request, kind in (
-                ({"model": "nope"}, ModelNotFound),
-                ({"model": "cold"}, ReplicaNotFound),
-                ({"model": "tiny", "index": 7}, ReplicaNotFound),
-            ):
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await lines(**request)
-                assert isinstance(from_rpc_error(caught.value), kind)
-
-
-async def test_a_stream_of_lines_that_follows_is_joined_by_replicas_that_come_later(
-    etcd_endpoint: str, mesh_name: str
-) -> None:
-    worker_a, worker_b = _Worker("a"), _Worker("b")
-    async with _worker_server(worker_a) as a, _worker_server(worker_b) as b:
-        async with router_mesh(etcd_endpoint, mesh_name) as mesh:
-            model = await declare(mesh.store, "tiny", Policy(min_replicas=2))
-            await mesh.node("a", endpoint=a.endpoint)
-            router = await mesh.router()
-            await eventually(mesh.mirror, lambda s: ready(s, "tiny"))
-            stub = router_service_pb2_grpc.RouterServiceStub(mesh.channel(router))
-            call = stub.StreamLogs(pb.StreamLogsRequest(model="tiny", follow=True), timeout=30)
-            assert [(await call.read()).line for _ in range(2)] == ["tiny/a/0 0", "tiny/a/0 1"]
-            await worker_a.say("more")
-            assert (await call.read()).line == "more"
-            await mesh.node("b", endpoint=b.endpoint)
-            joined = [await call.read() for _ in range(2)]
-            assert [(line.ref.node, line.line) for line in joined] == [("b", "tiny/b/0 0"), ("b", "tiny/b/0 1")]
-            await mesh.store.delete_model(model)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call.read()
-            assert isinstance(from_rpc_error(caught.value), ModelNotFound)
