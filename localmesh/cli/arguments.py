@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from localmesh.app.config import OPTIONS, Option
 from localmesh.app.kinds import BOOLEAN
+from localmesh.core.errors import InvalidRequest
 
 _PREFIX = "set:"
 _SHORT = {"client.output": "-o"}
@@ -41,6 +42,18 @@ def keys_of(*sections: str) -> list[str]:
 def given_settings(arguments: argparse.Namespace) -> Mapping[str, object]:
     """Return the values of the flags that were given, by option key."""
     return {name.removeprefix(_PREFIX): v for name, v in vars(arguments).items() if name.startswith(_PREFIX)}
+
+
+def model_and_index(text: str) -> tuple[str, int | None]:
+    """Read `MODEL` or `MODEL#INDEX`: all replicas of a model, or those of one index.
+
+    Raises:
+        InvalidRequest: What stands behind the `#` is no index.
+    """
+    model, separator, index = text.partition("#")
+    if separator and not (index.isascii() and index.isdigit() and len(index) <= 9):
+        raise InvalidRequest(f"{text!r}: behind the '#' there must be the index of a replica, 0 or more", field="index")
+    return model, int(index) if separator else None
 
 
 def _default(option: Option) -> str:

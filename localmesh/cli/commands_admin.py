@@ -7,7 +7,8 @@ from typing import Any
 
 from localmesh.app.exits import Exit
 from localmesh.cli import output, tables
-from localmesh.cli.connection import Command, Connection, connect
+from localmesh.cli.arguments import model_and_index
+from localmesh.cli.connection import Command, Connection, connect, pages
 from localmesh.cli.tables import Column
 from localmesh.core.errors import InvalidRequest
 from localmesh.rpc import manifest
@@ -145,18 +146,29 @@ async def status(command: Command) -> int:
 
 
 async def logs(command: Command) -> int:
-    """`logs MODEL`: the output of a model's replicas."""
+    """`logs MODEL[#INDEX]`: the output of a model's replicas."""
     given = command.arguments
+    model, index = model_and_index(given.model)
+    if index is not None and given.index not in (None, index):
+        raise InvalidRequest(f"{given.model} and --index {given.index} name different replicas", field="index")
     request = router.StreamLogsRequest(
-        model=given.model, index=given.index, node=given.node or "", follow=given.follow, tail_lines=given.tail
+        model=model,
+        index=given.index if index is None else index,
+        node=given.node or "",
+        follow=given.follow,
+        tail_lines=given.tail,
     )
     async with connect(command.config) as mesh:
         stream = mesh.router.StreamLogs(request, timeout=None if given.follow else command.timeout)
         async for found in stream:
             if command.json:
                 output.print_document(output.as_dict(found), one_line=True)
-            else:
-                output.write_text(f"{found.ref.node}/{found.ref.index} | {found.line}\n")
+                continue
+            where = f"{found.ref.node}/{found.ref.index}"
+            when = f"{found.time.ToJsonString()} " if given.timestamps else ""
+            if found.lost_bytes:
+                output.write_text(f"{when}{where} | ... {tables.size(found.lost_bytes)} left out: too much to read\n")
+            output.write_text(f"{when}{where} | {found.line}\n")
     return Exit.OK
 
 

@@ -93,10 +93,11 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     replicas.add_argument("--node", metavar="NODE", help="only on this node")
     _add(commands, "status", commands_admin.status, "show the mesh at a glance")
     logs = _add(commands, "logs", commands_admin.logs, "print the output of a model's replicas")
-    logs.add_argument("model", metavar="MODEL")
+    logs.add_argument("model", metavar="MODEL[#INDEX]", help="all its replicas, or those of one index")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with new lines")
     logs.add_argument("--index", type=int, metavar="N", help="only the replicas of this index")
     logs.add_argument("--node", metavar="NODE", help="only on this node")
+    logs.add_argument("-t", "--timestamps", action="store_true", help="with the time of each line")
     logs.add_argument("--tail", type=int, default=100, metavar="N", help="last lines of each replica [100]")
 
 

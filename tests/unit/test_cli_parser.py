@@ -5,8 +5,9 @@ import argparse
 import pytest
 
 from localmesh.app.config import OPTIONS
-from localmesh.cli.arguments import given_settings
+from localmesh.cli.arguments import given_settings, model_and_index
 from localmesh.cli.parser import build_parser
+from localmesh.core.errors import InvalidRequest
 
 PARSER = build_parser()
 
@@ -68,3 +69,18 @@ def _sub_parser(command: str) -> argparse.ArgumentParser:
     found = action.choices[command]
     assert isinstance(found, argparse.ArgumentParser)
     return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("tiny", ("tiny", None)), ("tiny#0", ("tiny", 0)), ("a:b-c.d#12", ("a:b-c.d", 12))]
+)
+def test_a_model_and_one_index_of_it_are_told_apart(text: str, expected: tuple[str, int | None]) -> None:
+    """F49, F50."""
+    assert model_and_index(text) == expected
+
+
+@pytest.mark.parametrize("text", ["tiny#", "tiny#x", "tiny#-1", "tiny#1#2", "tiny#²", "tiny#9999999999"])
+def test_what_is_no_index_is_refused_and_never_read_as_all_replicas(text: str) -> None:
+    """F49."""
+    with pytest.raises(InvalidRequest):
+        model_and_index(text)
