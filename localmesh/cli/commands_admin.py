@@ -8,7 +8,7 @@ from typing import Any
 from localmesh.app.exits import Exit
 from localmesh.cli import output, tables
 from localmesh.cli.arguments import model_and_index
-from localmesh.cli.connection import Command, Connection, connect, pages
+from localmesh.cli.connection import Command, Connection, connect
 from localmesh.cli.tables import Column
 from localmesh.core.errors import InvalidRequest
 from localmesh.rpc import manifest
