@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,9 +14,9 @@ from typing import Any
 from localmesh.app.certificates import keep
 from localmesh.app.config import Config, TlsSection, WorkerSection
 from localmesh.core.clock import Clock
-from localmesh.core.errors import NodeNameTaken
+from localmesh.core.errors import ComponentUnreachable, NodeNameTaken
 from localmesh.core.ids import NodeName
-from localmesh.rpc.addresses import join_host_port, parse_listen, split_host_port
+from localmesh.rpc.addresses import host_of, join_host_port, parse_listen, split_host_port
 from localmesh.rpc.authority import CertificateAuthority, write_private
 from localmesh.rpc.enrollment import SERVICE, EnrollmentServicer, JoinSecrets, JoinToken, enroll, make_listener
 from localmesh.rpc.errors import ConfigError
@@ -31,6 +32,8 @@ _NOTE = "enrolled.json"
 @asynccontextmanager
 async def listener(config: Config, mirror: Mirror, registries: Sequence[str], clock: Clock) -> AsyncIterator[JoinToken]:
     """Let new machines in while the block runs; yield the token that they need.
+
+    Who joins is told the address at which others reach the registry, where one is configured, for both.
 
     Raises:
         ConfigError: There is no authority, or the address cannot be listened on.
@@ -49,7 +52,8 @@ async def listener(config: Config, mirror: Mirror, registries: Sequence[str], cl
                 f"the name {node!r} belongs to another machine of this mesh: join with another --name", node=node
             )
 
-    listening = ServerConfig(listen=own.enrolment_listen, tls=shown.tls, client_auth=False)
+    advertise = host_of(own.advertise)
+    listening = ServerConfig(listen=own.enrolment_listen, tls=shown.tls, client_auth=False, advertise=advertise)
     server = GrpcServer(listening, name="enrolment")
     servicer = EnrollmentServicer(authority, secrets, registries=registries, admit=admit)
     server.add(registry_service_pb2_grpc.add_EnrollmentServiceServicer_to_server, servicer, SERVICE)
@@ -92,9 +96,15 @@ async def enrolled(config: Config, folder: Path) -> Config:
 
 async def _enrol(config: Config, folder: Path, token_hash: str) -> dict[str, Any]:
     token = JoinToken.parse(config.worker.join)
+    new = not folder.exists()
     identity = await asyncio.to_thread(load_or_create, folder)
     request = certificate_request(identity, node=folder.name)
-    answer = await enroll(token, node=folder.name, certificate_request=request)
+    try:
+        answer = await enroll(token, node=folder.name, certificate_request=request)
+    except BaseException:
+        if new:  # who was not let in leaves nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     keep(folder, key=identity.key_path, certificate=answer.certificate, ca=answer.ca_certificate)
     note = {
         "token": token_hash,
@@ -125,7 +135,14 @@ def _address_towards(registry: str) -> str:
     host, port = split_host_port(registry)
     if parse_listen(registry).loopback:
         return "[::1]:0" if ":" in host else "127.0.0.1:0"
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing: it asks the routing table
-        return join_host_port(str(probe.getsockname()[0]), 0)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing: it asks the routing table
+            return join_host_port(str(probe.getsockname()[0]), 0)
+    except OSError as problem:
+        raise ComponentUnreachable(
+            f"there is no way from here to the registry {registry} ({problem.strerror}): is this machine's network up?"
+            " To start without, say by --listen which address of this machine others shall use.",
+            endpoint=registry,
+        ) from problem

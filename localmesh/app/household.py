@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from localmesh.app import running
+from localmesh.app import reach, running
 from localmesh.app.certificates import Certificates
 from localmesh.app.children import Child, ChildSpec, StartFailed
 from localmesh.app.config import ENROLMENT_PORT, Config, TlsSection
@@ -65,6 +65,7 @@ class Household:
         self._node_names = tuple(node_names)
         self._clock = clock or SystemClock()
         self._tasks = TaskOwner()
+        self._host = ""
         self._lock: int | None = None
         self._failure: asyncio.Future[None] | None = None
         self._join_token = ""
@@ -98,6 +99,7 @@ class Household:
 
         Raises:
             StartFailed: Something does not start; nothing is left behind.
+            ConfigError: What it shall listen on cannot be used.
         """
         self._failure = asyncio.get_running_loop().create_future()
         try:
@@ -137,6 +139,8 @@ class Household:
             self._lock = None
 
     async def _start(self) -> None:
+        if self.config.up.listen:
+            self._host = reach.listen_host(self.config)
         config = self.config
         self._prepare_folders()
         if config.up.listen:
@@ -235,7 +239,7 @@ class Household:
     def _tls(self, role: str, name: str) -> TlsSection:
         if self.certificates is None:
             return self.config.tls
-        hosts = (self.config.up.listen,)
+        hosts = reach.names(self.config, self._host)
         if role == "node":
             return self.certificates.issue_node(worker_folder(self.config.state_dir, name), name, hosts)
         return self.certificates.issue(role, name, hosts)
@@ -246,8 +250,8 @@ class Household:
         if self.config.up.listen:
             registry = replace(
                 registry,
-                listen=_on(self.config.up.listen, registry.listen),
-                enrolment_listen=registry.enrolment_listen or join_host_port(self.config.up.listen, ENROLMENT_PORT),
+                listen=_on(self._host, registry.listen),
+                enrolment_listen=registry.enrolment_listen or join_host_port(self._host, ENROLMENT_PORT),
                 ca_dir=self.config.state_dir / "ca",
             )
         return replace(base, tls=self._tls("registry", "registry"), registry=registry)
@@ -262,7 +266,7 @@ class Household:
         base = self._base()
         router = base.router
         if self.config.up.listen:
-            router = replace(router, listen=_on(self.config.up.listen, router.listen))
+            router = replace(router, listen=_on(self._host, router.listen))
         return replace(base, tls=self._tls("router", router.name or socket.gethostname()), router=router)
 
     def _worker_config(self, number: int) -> Config:
@@ -270,9 +274,11 @@ class Household:
         assert self.registry is not None  # noqa: S101 - workers start after the registry
         assert self.registry.address is not None  # noqa: S101 - which is ready by then
         name = self._node_name(number)
-        worker = replace(base.worker, name=name, registries=(self.registry.address.endpoint,), join="")
+        token = base.worker.join_token or base.registry.join_token
+        registries = (self.registry.address.endpoint,)
+        worker = replace(base.worker, name=name, registries=registries, join="", join_token=token)
         if self.config.up.listen:
-            worker = replace(worker, listen=_on(self.config.up.listen, worker.listen))
+            worker = replace(worker, listen=_on(self._host, worker.listen))
         return replace(base, tls=self._tls("node", name), worker=worker)
 
     def _node_name(self, number: int) -> str:

@@ -9,7 +9,7 @@ from localmesh.app.config import Config
 from localmesh.core.errors import MeshError
 from localmesh.rpc.addresses import parse_listen
 from localmesh.rpc.errors import ConfigError
-from localmesh.rpc.server import ServerConfig
+from localmesh.rpc.server import ServerConfig, check_listen
 from localmesh.rpc.tls import TlsFiles
 
 
@@ -31,8 +31,12 @@ def tls_files(config: Config) -> TlsFiles | None:
 
 
 def server_config(config: Config, *, listen: str, advertise: str) -> ServerConfig:
-    """Return how a component's server listens."""
-    return ServerConfig(
+    """Return how a component's server listens.
+
+    Raises:
+        ConfigError: The address cannot be read, or would be open to other machines without TLS.
+    """
+    found = ServerConfig(
         listen=listen,
         tls=tls_files(config),
         insecure=config.insecure,
@@ -40,6 +44,8 @@ def server_config(config: Config, *, listen: str, advertise: str) -> ServerConfi
         drain_seconds=config.drain_seconds,
         advertise=advertise,
     )
+    check_listen(found)
+    return found
 
 
 def tells_who_served(config: Config, listen: str) -> bool:

@@ -49,9 +49,9 @@ def etcd_config(config: Config) -> EtcdConfig:
             endpoints=config.etcd_endpoints,
             user=given.user,
             password=(_read(given.password_file) or b"").decode().strip(),
-            ca_pem=_read(given.ca),
-            cert_pem=_read(given.cert),
-            key_pem=_read(given.key),
+            ca_pem=_pem(given.ca),
+            cert_pem=_pem(given.cert),
+            key_pem=_pem(given.key),
             max_message_bytes=config.max_message_bytes,
         )
     except ValueError as problem:
@@ -65,3 +65,10 @@ def _read(path: Path | None) -> bytes | None:
         return path.read_bytes()
     except OSError as problem:
         raise ConfigError(f"cannot read {path}, which is set for etcd: {problem.strerror}.", field="etcd") from None
+
+
+def _pem(path: Path | None) -> bytes | None:
+    content = _read(path)
+    if content is not None and b"-----BEGIN " not in content:
+        raise ConfigError(f"{path}, which is set for etcd, is not PEM.", field="etcd")
+    return content

@@ -7,6 +7,7 @@ from pathlib import Path
 from localmesh.app import component
 from localmesh.app.config import Config
 from localmesh.app.household import Household
+from localmesh.rpc.errors import ConfigError
 
 
 def run(config: Config, *, say: Callable[[str], None]) -> int:
@@ -21,7 +22,14 @@ def run(config: Config, *, say: Callable[[str], None]) -> int:
 
     Raises:
         StartFailed: Something does not start; nothing is left behind.
+        ConfigError: It cannot run as it is configured.
     """
+    if config.tls.cert is not None:
+        raise ConfigError(
+            "`up` uses no certificates that it is given (tls.cert, LOCALMESH_TLS_CERT): with --listen it makes its own."
+            " With those of your own CA, start `localmesh registry`, `router` and `worker`, each with its own.",
+            field="tls",
+        )
     # What an operator should know is said; each component's own log is in a file.
     component.set_up_logging("error" if config.log_level == "info" else config.log_level)
     asyncio.run(component.until_signalled(_run(config, say)))

@@ -12,7 +12,7 @@ from localmesh.app.config import Config
 from localmesh.app.config_reader import child_environment
 from localmesh.app.lifeline import Ready
 from localmesh.app.names import node_name_of_host, worker_folder
-from localmesh.app.serving import tells_who_served, tls_files
+from localmesh.app.serving import server_config, tells_who_served, tls_files
 from localmesh.core.budgets import budget_bytes
 from localmesh.core.clock import SystemClock
 from localmesh.core.ids import NodeName, node_name
@@ -78,6 +78,7 @@ def worker_config(config: Config) -> WorkerConfig:
     """
     own = config.worker
     folder = own_folder(config)
+    server_config(config, listen=own.listen, advertise=own.advertise)  # before anything is made or measured
     try:
         ports = None if own.replica_ports == "0" else PortRange.parse(own.replica_ports)
         budget_bytes(own.memory_budget, total_bytes=1)
@@ -102,6 +103,7 @@ def worker_config(config: Config) -> WorkerConfig:
         gpu_memory_budget=own.memory_budget,
         tls=tls_files(config),
         insecure=config.insecure,
+        join_token=own.join_token,
         drain_seconds=config.drain_seconds,
         max_message_bytes=config.max_message_bytes,
         served_by_trailers=tells_who_served(config, own.listen),

@@ -1,7 +1,7 @@
 """What a command has at hand: its arguments, its configuration, and stubs of router and registry."""
 
 import argparse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 import grpc
 
 from localmesh.app.config import Config
+from localmesh.app.serving import tls_files
 from localmesh.core.clock import SystemClock
 from localmesh.core.errors import MeshError
 from localmesh.rpc.channels import ChannelPool
 from localmesh.rpc.errors import from_rpc_error
 from localmesh.rpc.metadata import MODEL
-from localmesh.rpc.tls import TlsFiles
 from localmesh.v1 import inference_service_pb2_grpc, registry_service_pb2_grpc, router_service_pb2_grpc
 
 
@@ -62,14 +62,6 @@ async def connect(config: Config) -> AsyncIterator[Connection]:
         await pool.close()
 
 
-def tls_files(config: Config) -> TlsFiles | None:
-    """Return the client's certificates, or None where there are none."""
-    tls = config.tls
-    if tls.cert is None or tls.key is None or tls.ca is None:
-        return None
-    return TlsFiles(cert=tls.cert, key=tls.key, ca=tls.ca)
-
-
 def translate(error: Any, config: Config) -> MeshError:
     """Return the failure in the words of this mesh."""
     known = (config.client.router, config.client.registry)
@@ -81,3 +73,15 @@ def translate(error: Any, config: Config) -> MeshError:
 def for_model(model: str) -> tuple[tuple[str, str], ...]:
     """Return the metadata that names a call's model."""
     return ((MODEL, model),)
+
+
+async def pages(call: Any, request: Callable[..., Any], field: str, command: Command) -> AsyncIterator[Any]:
+    """Yield the items of all pages of a list."""
+    token = ""
+    while True:
+        page = await call(request(page_token=token, page_size=1000), timeout=command.timeout)
+        for item in getattr(page, field):
+            yield item
+        token = page.next_page_token
+        if not token:
+            return

@@ -5,10 +5,15 @@ from types import MappingProxyType
 
 from localmesh.core import errors as e
 from localmesh.core.errors import MeshError
+from localmesh.rpc.errors import TlsTrouble
 
 _HINTS: Mapping[type[MeshError], str] = MappingProxyType(
     {
         e.ComponentUnreachable: "Start a mesh here with `localmesh up`, or name another with --router and --registry.",
+        TlsTrouble: (
+            "Where `localmesh up` runs, commands find their certificate by themselves. Elsewhere, copy the folder"
+            " tls/operator-operator of its state folder, and name the files with --tls-cert, --tls-key and --tls-ca."
+        ),
         e.ModelNotFound: "`localmesh models` lists those that there are; `localmesh apply -f FILE` declares one.",
         e.NodeNotFound: "`localmesh nodes` lists those that there are.",
         e.NodeInUse: "`localmesh node drain NODE` moves its replicas away; `--force` removes it as it is.",

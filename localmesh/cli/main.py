@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if as_json:
             output.write_error_document(error, code)
         else:
-            output.write_error(error.message, hint_for(error))
+            # a component that cannot start has said what to do; the hints are for those who call one
+            output.write_error(error.message, hint_for(error) if arguments.client else "")
         return code
     except BrokenPipeError:
         # Python would complain again when it flushes stdout at exit.

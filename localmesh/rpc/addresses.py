@@ -103,6 +103,19 @@ def advertised(listen: Listen, port: int, advertise: str) -> str:
     return join_host_port(own_address(listen.host) if listen.wildcard else listen.host, port)
 
 
+def host_of(advertise: str) -> str:
+    """Return the host of what an operator says others shall use (a host, or host:port), without brackets; may be empty.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if is_address(advertise) or ":" not in advertise:
+        return advertise
+    if advertise.startswith("[") and advertise.endswith("]"):
+        return advertise[1:-1]
+    return split_host_port(advertise)[0]
+
+
 def is_address(text: str) -> bool:
     """Whether the text is a bare IP address."""
     try:

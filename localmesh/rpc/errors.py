@@ -194,7 +194,9 @@ def _from_grpc(code: Any, text: str, endpoint: str) -> MeshError:
             field="",
         )
     if code is _C.UNAVAILABLE:
-        return e.ComponentUnreachable(f"{who}cannot be reached ({text}). Is it running?".lstrip(), endpoint=endpoint)
+        reason = _tls_trouble(text)
+        kind_of = TlsTrouble if reason else e.ComponentUnreachable
+        return kind_of(f"{who}cannot be reached ({text}). {reason or 'Is it running?'}", endpoint=endpoint)
     if code is _C.DEADLINE_EXCEEDED:
         return CallTimedOut(f"{who}no answer within the call's deadline. It may be busy.", endpoint=endpoint)
     if code is _C.CANCELLED:
@@ -210,12 +212,44 @@ def _from_grpc(code: Any, text: str, endpoint: str) -> MeshError:
     return e.InternalError(f"{who}{code.name}: {text}")
 
 
+_TLS_TROUBLES: Final = (
+    ("certificate has expired", "The certificate shown there has expired: renew it there; it is read without restart."),
+    ("certificate is not yet valid", "The certificate shown there is not valid yet: do the machines' clocks differ?"),
+    (
+        "Hostname Verification Check failed",
+        "The certificate shown there is not for this address: call it by a name that the certificate carries.",
+    ),
+    ("WRONG_VERSION_NUMBER", "There is no TLS there: leave the certificates away, or turn TLS on there."),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "The certificate shown there was not signed by the given CA: is that the CA of this mesh?",
+    ),
+    ("certificate signature failure", "The certificate shown there was not signed by the given CA."),
+    (
+        "Socket closed",
+        "It closes connections at once, as servers with TLS do to all who show no valid certificate of their CA.",
+    ),
+)
+"""What gRPC says of a connection that failed, the more telling words first, and what is to be done."""
+
+
+def _tls_trouble(text: str) -> str:
+    """Return what is wrong with certificates, from what gRPC says of a connection; empty where it is something else."""
+    if "failed to connect" not in text:  # a connection that worked has ended
+        return ""
+    return next((sentence for words, sentence in _TLS_TROUBLES if words in text), "")
+
+
 class ConfigError(e.InvalidRequest):
     """A component cannot start as it is configured."""
 
 
 class ListenFailed(ConfigError):
     """A server's address cannot be listened on."""
+
+
+class TlsTrouble(e.ComponentUnreachable):
+    """A peer answers, but one side does not accept the other's certificate, or only one of the two speaks TLS."""
 
 
 class CallTimedOut(e.ComponentUnreachable):

@@ -90,8 +90,7 @@ class GrpcServer:
         """
         self._config = config
         self._name = name
-        self._listen = parse_listen(config.listen)
-        _refuse_open_address(self._listen, config)
+        self._listen = check_listen(config)
         guarded = config.tls is not None and config.client_auth
         self._interceptors = (identity_policy if guarded else None, tuple(interceptors))
         self._generic_handlers = tuple(generic_handlers)
@@ -219,13 +218,20 @@ class _Registrar:
         """Do nothing."""
 
 
-def _refuse_open_address(listen: Listen, config: ServerConfig) -> None:
+def check_listen(config: ServerConfig) -> Listen:
+    """Return where a server would listen; for components that do something else first.
+
+    Raises:
+        ConfigError: The address cannot be read, or would be open to other machines without TLS.
+    """
+    listen = parse_listen(config.listen)
     if config.tls is None and not listen.loopback and not config.insecure:
         raise ConfigError(
             f"{listen} can be reached by other machines, and there is no TLS. Give a certificate, key and CA, or listen"
             " on 127.0.0.1 or [::1], or say --insecure where everybody on that network may use the mesh.",
             field="listen",
         )
+    return listen
 
 
 _SAID: Final = {

@@ -3,14 +3,18 @@
 import logging
 import threading
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from localmesh.core.clock import Clock, SystemClock
 from localmesh.rpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_WARN_SECONDS = 14 * 24 * 3600.0
+_DAY = "%Y-%m-%d %H:%M UTC"
 
 
 class TlsConfigError(ConfigError):
@@ -70,20 +74,21 @@ class _Reloader:
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
         self._lock = threading.Lock()  # gRPC asks from its own threads
-        self._stamp = _stamp(files)
+        self._stamp = self._refused = _stamp(files)
         self._material = _read(files)
 
     def current(self) -> tuple[_Material, bool]:
         """Return the material, and whether it is new since the last call."""
         with self._lock:
             stamp = _stamp(self._files)
-            if stamp == self._stamp:
+            if stamp in (self._stamp, self._refused):
                 return self._material, False
             try:
-                material = _consistent(_read(self._files))
-            except (TlsConfigError, ValueError) as error:
-                # Half-written: certificate and key are two files. The stamp stays old, so the next call looks again.
+                material = _checked(_read(self._files), self._files)
+            except TlsConfigError as error:
+                # Half-written: certificate and key are two files. The next change is looked at again.
                 _log.warning("keeping the TLS files read before: %s", error)
+                self._refused = stamp
                 return self._material, False
             self._stamp = stamp
             changed = material != self._material
@@ -91,11 +96,11 @@ class _Reloader:
             return material, changed
 
 
-def _consistent(material: _Material) -> _Material:
-    """Return the material if its key belongs to its certificate.
+def _consistent(material: _Material) -> tuple[datetime, datetime]:
+    """Check that key and certificate belong together, and return the times between which the certificate is valid.
 
     Raises:
-        ValueError: It does not, or one of them is no PEM of its kind.
+        ValueError: They do not, or one of them is no PEM of its kind.
     """
     from cryptography import x509  # here, because it takes long to load and is for TLS only
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -104,7 +109,31 @@ def _consistent(material: _Material) -> _Material:
     key = load_pem_private_key(material.key, password=None)
     if key.public_key() != certificate.public_key():
         raise ValueError("the private key is not that of the certificate")
-    return material
+    x509.load_pem_x509_certificates(material.ca)
+    return certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+
+def _check_validity(begin: datetime, end: datetime, path: Path, clock: Clock) -> None:
+    """Refuse a certificate that nobody would accept, and warn of one that is about to become such.
+
+    Raises:
+        TlsConfigError: It is not valid now.
+    """
+    now = clock.time()
+    if now >= end.timestamp():
+        raise TlsConfigError(
+            f"the TLS certificate {path} has expired on {end:{_DAY}}: nobody accepts it. Renew it; a worker that joined"
+            " joins again with a new token, and `up` issues new ones when it starts.",
+            field="tls.cert",
+        )
+    if now < begin.timestamp():
+        raise TlsConfigError(
+            f"the TLS certificate {path} is not valid before {begin:{_DAY}}, and here it is"
+            f" {datetime.fromtimestamp(now, UTC):{_DAY}}: is this machine's clock right?",
+            field="tls.cert",
+        )
+    if end.timestamp() - now < _WARN_SECONDS:
+        _log.warning("the TLS certificate %s expires on %s: renew it", path, format(end, _DAY))
 
 
 def server_credentials(files: TlsFiles, *, client_auth: bool = True) -> Any:
@@ -163,8 +192,10 @@ class ChannelTls:
 
 def _checked(material: _Material, files: TlsFiles) -> _Material:
     try:
-        return _consistent(material)
+        begin, end = _consistent(material)
     except (ValueError, TypeError) as error:
         raise TlsConfigError(
             f"the TLS certificate {files.cert} cannot be used with the key {files.key}: {error}", field="tls.cert"
         ) from error
+    _check_validity(begin, end, files.cert, SystemClock())
+    return material

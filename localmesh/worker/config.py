@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from localmesh.core.ids import NodeName
-from localmesh.rpc.addresses import is_address, split_host_port
+from localmesh.rpc.addresses import host_of
 from localmesh.rpc.tls import TlsFiles
 from localmesh.worker.machine import MachineConfig
 from localmesh.worker.ports import PortRange
@@ -68,10 +68,4 @@ class WorkerConfig:
     @property
     def advertise_host(self) -> str:
         """Host that replicas advertise, without a port; empty for the one that they listen on."""
-        if not self.advertise:
-            return ""
-        if is_address(self.advertise) or ":" not in self.advertise:
-            return self.advertise
-        if self.advertise.startswith("[") and self.advertise.endswith("]"):
-            return self.advertise[1:-1]
-        return split_host_port(self.advertise)[0]
+        return host_of(self.advertise)
