@@ -9,6 +9,7 @@ from enum import Enum, unique
 from types import MappingProxyType
 
 from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId
+from localmesh.core.labels import SelectorTerm
 
 
 def _nothing() -> Mapping[str, str]:
@@ -64,6 +65,8 @@ class ModelSpec:
     """Device memory of a replica; 0 means that the node estimates it."""
     device_kind: str = ""
     """"cpu", "gpu", or empty for the best that the engine can use."""
+    device_count: int = 0
+    """GPUs that one replica spreads over, all or none of them; 0 is one device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,12 @@ class Policy:
     """0 is no limit."""
     immediate: bool = False
     """Rollout: replace at once instead of overlapping."""
+    selector_terms: tuple[SelectorTerm, ...] = ()
+    """Further conditions on a node's labels, all of which must hold."""
+    groups: tuple[str, ...] = ()
+    """Concurrency groups: models that have one in common never share a node."""
+    spread_all: bool = False
+    """One replica on every node that matches, now and later, instead of a minimum and a maximum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -247,6 +247,7 @@ def _spec_to_object(spec: ModelSpec) -> dict[str, object]:
         "options": dict(spec.options),
         "memory_bytes": spec.memory_bytes,
         "device_kind": spec.device_kind,
+        "device_count": spec.device_count,
     }
 
 
@@ -266,6 +267,7 @@ def _spec_from_object(body: Mapping[str, Any]) -> ModelSpec:
         options=MappingProxyType(fields.texts("options")),
         memory_bytes=fields.natural("memory_bytes"),
         device_kind=fields.text("device_kind"),
+        device_count=fields.natural("device_count"),
     )
     fields.finish()
     return spec

@@ -6,6 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 from localmesh.core.ids import DeviceId, HolderId, ModelName, NodeName, ReplicaId
+from localmesh.core.labels import automatic_labels, selector_mismatch
+from localmesh.core.memory import unclaimed_bytes
 from localmesh.core.records import (
     ApprovalRecord,
     DeviceRecord,
@@ -91,6 +93,49 @@ class Snapshot:
             and not approval.draining
         )
 
+    def max_replicas_on(self, node: NodeName) -> int:
+        """Return how many replicas of one model a node may hold: the operator's override, else its worker's word.
+
+        0 for a node that is not there and has no override.
+        """
+        record, approval = self.nodes.get(node), self.approvals.get(node)
+        if approval is not None and approval.max_replicas_per_model:
+            return approval.max_replicas_per_model
+        return record.max_replicas_per_model if record is not None else 0
+
+    def labels(self, node: NodeName) -> Mapping[str, str]:
+        """Return a node's effective labels: the operator's over the automatic ones over the worker's."""
+        record, approval = self.nodes.get(node), self.approvals.get(node)
+        operators = approval.labels if approval is not None else _EMPTY
+        if record is None:
+            return dict(operators)
+        gpus = (d.total_bytes for d in self.devices.get(node, _EMPTY).values() if d.kind == "gpu")
+        automatic = automatic_labels(node, gpu_bytes=gpus, replica_slots=self.max_replicas_on(node))
+        return {**record.labels, **automatic, **operators}
+
+    def selector_mismatch(self, policy: Policy, node: NodeName) -> str | None:
+        """Return why a present node is not one that a policy selects; None if it is."""
+        if not policy.node_selector and not policy.selector_terms:
+            return None
+        return selector_mismatch(policy.node_selector, policy.selector_terms, self.labels(node))
+
+    def selected_nodes(self, model: ModelName) -> list[NodeName]:
+        """Return the usable nodes that the model's policy selects, by name."""
+        policy = self.policy(model)
+        return [n for n in sorted(self.nodes) if self.usable(n) and self.selector_mismatch(policy, n) is None]
+
+    def min_replicas(self, model: ModelName) -> int:
+        """Return how many replicas of the model are to be kept: for `spread_all`, as many as nodes match now."""
+        policy = self.policy(model)
+        return len(self.selected_nodes(model)) if policy.spread_all else policy.min_replicas
+
+    def group_members(self, model: ModelName) -> frozenset[ModelName]:
+        """Return the other models that never share a node with the model."""
+        groups = frozenset(self.policy(model).groups)
+        if not groups:
+            return frozenset()
+        return frozenset(m for m, r in self.policies.items() if m != model and not groups.isdisjoint(r.policy.groups))
+
     def routable_replicas(self, model: ModelName) -> list[ReplicaRecord]:
         """Return the replicas that requests may be sent to: READY, present, on a usable node, of a routable revision.
 
@@ -119,5 +164,5 @@ class Snapshot:
     def free_bytes(self, replica: ReplicaRecord) -> int:
         """Return the least unclaimed memory of the replica's devices; 0 if it has none."""
         devices = self.devices.get(replica.id.node, _EMPTY)
-        known = [devices[d].unclaimed_bytes for d in replica.devices if d in devices]
+        known = [unclaimed_bytes(devices, d) for d in replica.devices if d in devices]
         return min(known, default=0)

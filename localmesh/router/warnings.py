@@ -45,7 +45,7 @@ def _nodes(snapshot: Snapshot) -> Iterator[str]:
 
 def _replicas(snapshot: Snapshot) -> Iterator[str]:
     for name in sorted(snapshot.models):
-        wanted = snapshot.policy(name).min_replicas
+        wanted = snapshot.min_replicas(name)
         ready = sum(1 for r in snapshot.replicas_of(name) if r.state is ReplicaState.READY and snapshot.present(r))
         if ready < wanted:
             yield f"The model {name} has {ready} of at least {wanted} replicas ready."

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from localmesh.core.errors import InvalidRequest, InvalidSpec
 from localmesh.core.ids import ModelName, NodeName, ReplicaId, model_name, node_name
+from localmesh.core.labels import Operator, SelectorTerm
 from localmesh.core.records import (
     DeviceRecord,
     EngineInfo,
@@ -22,6 +23,7 @@ from localmesh.core.snapshot import Snapshot
 from localmesh.v1 import types_pb2 as pb
 
 _BACKEND: Final = re.compile(r"llama|minilm|process:[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_GROUP: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _CACHE_TYPES: Final = ("", "f16", "q8_0", "q4_0")
 _DEVICE_KINDS: Final = ("", "cpu", "gpu")
 _MAX_PAIRS: Final = 256
@@ -35,6 +37,19 @@ _MAX_LAYERS: Final = 10_000
 _MAX_REQUESTS: Final = 100_000
 _MAX_MEMORY_BYTES: Final = 1 << 50
 _MAX_REPLICAS: Final = 10_000
+_MAX_DEVICES: Final = 64
+_MAX_TERMS: Final = 64
+_MAX_GROUPS: Final = 16
+
+OPERATORS: Final[Mapping["pb.SelectorOperator.ValueType", Operator]] = MappingProxyType(
+    {
+        pb.SELECTOR_OPERATOR_IN: Operator.IN,
+        pb.SELECTOR_OPERATOR_NOT_IN: Operator.NOT_IN,
+        pb.SELECTOR_OPERATOR_EXISTS: Operator.EXISTS,
+        pb.SELECTOR_OPERATOR_DOES_NOT_EXIST: Operator.DOES_NOT_EXIST,
+    }
+)
+_OPERATOR_TO_PROTO = {operator: number for number, operator in OPERATORS.items()}
 
 
 def replica_ref(replica: ReplicaId) -> pb.ReplicaRef:
@@ -114,7 +129,9 @@ def spec_to_proto(spec: ModelSpec) -> pb.ModelSpec:
             max_concurrent_requests=spec.max_concurrent_requests,
             options=spec.options,
         ),
-        resources=pb.Resources(memory_bytes=spec.memory_bytes, device_kind=spec.device_kind),
+        resources=pb.Resources(
+            memory_bytes=spec.memory_bytes, device_kind=spec.device_kind, device_count=spec.device_count
+        ),
     )
 
 
@@ -142,10 +159,16 @@ def spec_from_proto(spec: pb.ModelSpec) -> ModelSpec:
         ("parameters.gpu_layers", p.gpu_layers, _MAX_LAYERS),
         ("parameters.max_concurrent_requests", p.max_concurrent_requests, _MAX_REQUESTS),
         ("resources.memory_bytes", spec.resources.memory_bytes, _MAX_MEMORY_BYTES),
+        ("resources.device_count", spec.resources.device_count, _MAX_DEVICES),
     ):
         _check_range(name, field, value, most)
     _check_choice(name, "parameters.cache_type", p.cache_type, _CACHE_TYPES)
     _check_choice(name, "resources.device_kind", spec.resources.device_kind, _DEVICE_KINDS)
+    devices = spec.resources.device_count
+    if devices > 1 and spec.resources.device_kind == "cpu":
+        raise InvalidSpec(
+            f"model {name}: a node has one device of the kind 'cpu', not {devices}", field="resources.device_count"
+        )
     return ModelSpec(
         name=name,
         backend=spec.backend,
@@ -160,6 +183,7 @@ def spec_from_proto(spec: pb.ModelSpec) -> ModelSpec:
         options=_pairs(name, "parameters.options", p.options, without=":"),
         memory_bytes=spec.resources.memory_bytes,
         device_kind=spec.resources.device_kind,
+        device_count=devices if devices > 1 else 0,  # one spelling of the same, or the revision would change
     )
 
 
@@ -170,6 +194,12 @@ def policy_to_proto(policy: Policy) -> pb.PlacementPolicy:
         min_replicas=policy.min_replicas,
         max_replicas=policy.max_replicas,
         rollout=pb.ROLLOUT_IMMEDIATE if policy.immediate else pb.ROLLOUT_OVERLAP,
+        selector_terms=[
+            pb.SelectorTerm(key=t.key, operator=_OPERATOR_TO_PROTO[t.operator], values=t.values)
+            for t in policy.selector_terms
+        ],
+        groups=policy.groups,
+        spread_all=policy.spread_all,
     )
 
 
@@ -188,12 +218,58 @@ def policy_from_proto(policy: pb.PlacementPolicy, *, model: str = "") -> Policy:
         )
     if policy.rollout not in (pb.ROLLOUT_UNSPECIFIED, pb.ROLLOUT_OVERLAP, pb.ROLLOUT_IMMEDIATE):
         raise InvalidSpec(f"model {model}: no such rollout: {policy.rollout}", field="policy.rollout")
+    if policy.spread_all and (policy.min_replicas or policy.max_replicas):
+        raise InvalidSpec(
+            f"model {model}: spread_all is one replica on every node that matches: leave out min_replicas and"
+            " max_replicas",
+            field="policy.spread_all",
+        )
     return Policy(
         node_selector=_pairs(model, "policy.node_selector", policy.node_selector),
         min_replicas=policy.min_replicas,
         max_replicas=policy.max_replicas,
         immediate=policy.rollout == pb.ROLLOUT_IMMEDIATE,
+        selector_terms=_terms(model, policy),
+        groups=_groups(model, policy),
+        spread_all=policy.spread_all,
     )
+
+
+def _terms(model: str, policy: pb.PlacementPolicy) -> tuple[SelectorTerm, ...]:
+    field = "policy.selector_terms"
+    if len(policy.selector_terms) > _MAX_TERMS:
+        raise InvalidSpec(f"model {model}: {field} has more than {_MAX_TERMS} entries", field=field)
+    return tuple(_term(model, field, message) for message in policy.selector_terms)
+
+
+def _term(model: str, field: str, message: pb.SelectorTerm) -> SelectorTerm:
+    operator = OPERATORS.get(message.operator)
+    if operator is None:
+        names = ", ".join(o.value for o in Operator)
+        raise InvalidSpec(f"model {model}: a term of the selector has no operator: one of {names}", field=field)
+    if operator.takes_values != bool(message.values):
+        wants = "at least one value" if operator.takes_values else "no values"
+        raise InvalidSpec(f"model {model}: {operator.value} takes {wants} (label {message.key[:100]!r})", field=field)
+    # The same limits as for labels.
+    _pairs(model, field, {message.key: ""})
+    for value in message.values:
+        _pairs(model, field, {message.key: value})
+    if len(message.values) > _MAX_PAIRS:
+        raise InvalidSpec(f"model {model}: {field} has more than {_MAX_PAIRS} values", field=field)
+    return SelectorTerm(key=message.key, operator=operator, values=tuple(message.values))
+
+
+def _groups(model: str, policy: pb.PlacementPolicy) -> tuple[str, ...]:
+    if len(policy.groups) > _MAX_GROUPS:
+        raise InvalidSpec(f"model {model}: groups has more than {_MAX_GROUPS} entries", field="policy.groups")
+    for group in policy.groups:
+        if not _GROUP.fullmatch(group):
+            raise InvalidSpec(
+                f"model {model}: not a name of a group: {group[:100]!r} (1 to 63 of letters, digits, '.', '_', '-', the"
+                " first a letter or digit)",
+                field="policy.groups",
+            )
+    return tuple(sorted(set(policy.groups)))
 
 
 def model_to_proto(record: ModelRecord, policy: Policy) -> pb.Model:
@@ -276,17 +352,22 @@ def node_state(snapshot: Snapshot, name: NodeName) -> "pb.NodeState.ValueType":
 def node_to_proto(snapshot: Snapshot, name: NodeName) -> pb.Node:
     """Return a node as a snapshot shows it, also one that is gone or pending."""
     node, approval, measured = snapshot.nodes.get(name), snapshot.approvals.get(name), snapshot.measured.get(name)
-    message = pb.Node(name=name, state=node_state(snapshot, name))
+    message = pb.Node(name=name, state=node_state(snapshot, name), labels=snapshot.labels(name))
     if node is not None:
         message.endpoint = node.endpoint
-        message.labels.update(node.labels)
         message.engines.extend(engine_to_proto(engine) for engine in node.engines)
-        message.max_replicas_per_model = node.max_replicas_per_model
+        message.max_replicas_per_model = snapshot.max_replicas_on(name)
+        message.worker_max_replicas_per_model = node.max_replicas_per_model
+        message.worker_labels.update(node.labels)
         message.incarnation = f"{node.incarnation:x}"
         message.key_fingerprint = node.key_fingerprint
     if approval is not None:
-        message.labels.update(approval.labels)
         message.key_fingerprint = approval.key_fingerprint
+        message.cordoned, message.draining = approval.cordoned, approval.draining
+        message.operator_labels.update(approval.labels)
+        if approval.max_replicas_per_model or approval.memory_budgets:
+            message.overrides.max_replicas_per_model = approval.max_replicas_per_model
+            message.overrides.memory_budgets.update(approval.memory_budgets)
     free: Mapping[Any, int] = measured.free_bytes if measured is not None else {}
     for device in sorted(snapshot.devices.get(name, {}).values(), key=lambda d: (d.kind, d.id)):
         message.devices.append(_device_to_proto(device, free.get(device.id)))
@@ -306,6 +387,7 @@ def _device_to_proto(device: DeviceRecord, free: int | None) -> pb.Device:
         claimed_bytes=device.claimed_bytes,
         free_bytes=free,
         unified=device.unified,
+        worker_budget_bytes=device.worker_budget_bytes,
     )
 
 

@@ -6,10 +6,17 @@
     engine: llama
     source: tiny.gguf
     parameters: {context_tokens: 2048, slots: 2}
-    resources: {memory: 2GiB, device: cpu}
-    placement: {min_replicas: 1, max_replicas: 4, node_selector: {zone: a}, rollout: overlap}
+    resources: {memory: 2GiB, device: gpu, devices: 2}
+    placement:
+      min_replicas: 1
+      max_replicas: 4
+      node_selector: {zone: a}
+      selector_terms: [{key: gpu.memory, operator: In, values: [24GiB, 48GiB]}]
+      groups: [large]
+      rollout: overlap
 
-Only apiVersion, kind, name and engine are required. Several documents may stand in one file. Every error names the
+Only apiVersion, kind, name and engine are required. `placement: {spread_all: true}` stands for one replica on every
+node that matches, instead of the minimum and maximum. Several documents may stand in one file. Every error names the
 line and the field. Anchors, aliases and tags have no use here and are refused, so that a small text cannot become a
 large value or an object.
 """
@@ -22,7 +29,7 @@ from typing import Any, Final
 import yaml
 
 from localmesh.core.errors import InvalidSpec
-from localmesh.rpc.convert import policy_from_proto, spec_from_proto
+from localmesh.rpc.convert import OPERATORS, policy_from_proto, spec_from_proto
 from localmesh.v1 import types_pb2
 
 API_VERSION: Final = "localmesh/v1"
@@ -45,9 +52,11 @@ _SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,6}))?\s*([A-Za-z]{0,3})")
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _HINTS = {"backend": "engine", "model": "source", "file": "source", "path": "source", "policy": "placement"}
 _HINTS |= {"memory_bytes": "memory", "device_kind": "device", "context": "context_tokens", "min": "min_replicas"}
-_HINTS |= {"max": "max_replicas", "selector": "node_selector", "gpu": "device"}
+_HINTS |= {"max": "max_replicas", "selector": "node_selector", "gpu": "device", "device_count": "devices"}
+_HINTS |= {"match_expressions": "selector_terms", "group": "groups", "spread": "spread_all"}
 _ROLLOUTS = {"overlap": types_pb2.ROLLOUT_OVERLAP, "immediate": types_pb2.ROLLOUT_IMMEDIATE}
-_WRITTEN_AS = {"backend": "engine", "memory_bytes": "memory", "device_kind": "device"}
+_OPERATORS = {operator.value: number for number, operator in OPERATORS.items()}
+_WRITTEN_AS = {"backend": "engine", "memory_bytes": "memory", "device_kind": "device", "device_count": "devices"}
 """Fields of the messages whose name in YAML is another one."""
 
 Declared = tuple[types_pb2.ModelSpec, types_pb2.PlacementPolicy | None]
@@ -114,6 +123,8 @@ def to_yaml(spec: types_pb2.ModelSpec, policy: types_pb2.PlacementPolicy | None 
         resources["memory"] = _written_size(take.memory_bytes)
     if take.device_kind:
         resources["device"] = take.device_kind
+    if take.device_count:
+        resources["devices"] = take.device_count
     document: dict[str, Any] = {"apiVersion": API_VERSION, "kind": KIND, "name": spec.name, "engine": spec.backend}
     if spec.source:
         document["source"] = spec.source
@@ -199,6 +210,7 @@ class _Text:
             resources=types_pb2.Resources(
                 memory_bytes=_value(_within(top, "resources"), "memory", 0),
                 device_kind=_value(_within(top, "resources"), "device", ""),
+                device_count=_value(_within(top, "resources"), "devices", 0),
             ),
         )
         policy = types_pb2.PlacementPolicy(**_values(top, "placement")) if "placement" in top else None
@@ -275,6 +287,32 @@ class _Text:
             found[name] = self.text(value, f"{path}.{name}")
         return found
 
+    def items(self, node: yaml.Node, path: str) -> list[yaml.Node]:
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.error(node, path, f"expected a list, not {_described(node)}")
+        return list(node.value)
+
+    def names(self, node: yaml.Node, path: str) -> list[str]:
+        return [self.text(item, path) for item in self.items(node, path)]
+
+    def terms(self, node: yaml.Node, path: str) -> list[types_pb2.SelectorTerm]:
+        return [self.term(item, f"{path}[{number}]") for number, item in enumerate(self.items(node, path))]
+
+    def term(self, node: yaml.Node, path: str) -> types_pb2.SelectorTerm:
+        found = self.fields(node, path, _TERM)
+        for name in ("key", "operator"):
+            if name not in found:
+                raise self.error(node, f"{path}.{name}", "is missing")
+        return types_pb2.SelectorTerm(
+            key=found["key"][1], operator=found["operator"][1], values=_value(found, "values", [])
+        )
+
+    def operator(self, node: yaml.Node, path: str) -> types_pb2.SelectorOperator.ValueType:
+        value = _OPERATORS.get(self.text(node, path))
+        if value is None:
+            raise self.error(node, path, f"expected {' or '.join(_OPERATORS)}, not {_described(node)}")
+        return value
+
     def parameters(self, node: yaml.Node, path: str) -> _Fields:
         return self.fields(node, path, _PARAMETERS)
 
@@ -302,11 +340,15 @@ _PARAMETERS: Mapping[str, _Reader] = {
     "embeddings": _Text.boolean,
     "options": _Text.texts,
 }
-_RESOURCES: Mapping[str, _Reader] = {"memory": _Text.size, "device": _Text.text}
+_RESOURCES: Mapping[str, _Reader] = {"memory": _Text.size, "device": _Text.text, "devices": _Text.count}
+_TERM: Mapping[str, _Reader] = {"key": _Text.text, "operator": _Text.operator, "values": _Text.names}
 _PLACEMENT: Mapping[str, _Reader] = {
     "node_selector": _Text.texts,
     "min_replicas": _Text.count,
     "max_replicas": _Text.count,
+    "spread_all": _Text.boolean,
+    "selector_terms": _Text.terms,
+    "groups": _Text.names,
     "rollout": _Text.rollout,
 }
 
@@ -365,8 +407,21 @@ def _written_policy(policy: types_pb2.PlacementPolicy) -> dict[str, Any]:
         written["max_replicas"] = policy.max_replicas
     if policy.node_selector:
         written["node_selector"] = dict(sorted(policy.node_selector.items()))
+    if policy.spread_all:
+        written["spread_all"] = True
+    if policy.selector_terms:
+        written["selector_terms"] = [_written_term(term) for term in policy.selector_terms]
+    if policy.groups:
+        written["groups"] = list(policy.groups)
     if policy.rollout == types_pb2.ROLLOUT_IMMEDIATE:
         written["rollout"] = "immediate"
+    return written
+
+
+def _written_term(term: types_pb2.SelectorTerm) -> dict[str, Any]:
+    written: dict[str, Any] = {"key": term.key, "operator": OPERATORS[term.operator].value}
+    if term.values:
+        written["values"] = list(term.values)
     return written
 
 

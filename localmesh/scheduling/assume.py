@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import MappingProxyType
 
+from localmesh.core.memory import sharing
 from localmesh.core.records import ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.placement import PlacementPlan
@@ -41,9 +42,12 @@ def without_replica(snapshot: Snapshot, replica: ReplicaRecord) -> Snapshot:
     measured = dict(snapshot.measured)
     if node in measured:
         free = dict(measured[node].free_bytes)
+        known = snapshot.devices.get(node, {})
         for device, size in replica.devices.items():
-            if device in free and not replica.state.coming:
-                free[device] += size
+            if device in known and not replica.state.coming:
+                for shared in sharing(known, device):
+                    if shared.id in free:
+                        free[shared.id] += size
         measured[node] = replace(measured[node], free_bytes=MappingProxyType(free))
     return replace(
         snapshot,

@@ -5,101 +5,20 @@ filter that the nodes came furthest to: where one node lacks the engine and anot
 is missing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from localmesh.core.errors import EngineUnavailable, NoCapacity, NoNodes, PlacementFailed, SourceMissing
-from localmesh.core.ids import NodeName, ReplicaId
-from localmesh.core.records import DeviceRecord, EngineInfo, ModelRecord, NodeRecord, Policy, SourceRecord
-from localmesh.core.snapshot import Snapshot
+from localmesh.core.ids import NodeName
+from localmesh.core.records import ReplicaState
+from localmesh.scheduling.question import GANG_OVERHEAD_BYTES, Question
 
-_NO_INDICES: frozenset[int] = frozenset()
 _GIB = 1 << 30
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: what several filters ask for is worked out once
-class Question:
-    """What is to be placed, and on what."""
-
-    snapshot: Snapshot
-    model: ModelRecord
-    policy: Policy
-    excluded: frozenset[NodeName] = frozenset()
-    """Nodes that the caller does not want."""
-
-    def node(self, name: NodeName) -> NodeRecord:
-        """Return a node that is known to be present."""
-        return self.snapshot.nodes[name]
-
-    def engine(self, name: NodeName) -> EngineInfo | None:
-        """Return the model's engine on a node."""
-        return self.node(name).engine(self.model.spec.backend)
-
-    def source(self, name: NodeName) -> SourceRecord | None:
-        """Return what a node knows of the model's files, if that is about the present revision."""
-        found = self.snapshot.sources.get(name, {}).get(self.model.spec.name)
-        return found if found is not None and found.revision == self.model.revision else None
-
-    def needed_bytes(self, name: NodeName) -> int:
-        """Return the memory that a replica takes on a node; 0 where nobody can tell."""
-        if self.model.spec.memory_bytes:
-            return self.model.spec.memory_bytes
-        source = self.source(name)
-        return source.memory_bytes if source is not None else 0
-
-    @cached_property
-    def replica_count(self) -> int:
-        """Number of the model's replicas, in whatever state they are."""
-        return sum(1 for _ in self.snapshot.replicas_of(self.model.spec.name))
-
-    def indices(self, name: NodeName) -> frozenset[int]:
-        """Return the indices that the model's replicas occupy on a node, in whatever state they are."""
-        return self._indices.get(name, _NO_INDICES)
-
-    @cached_property
-    def _indices(self) -> Mapping[NodeName, frozenset[int]]:
-        found: dict[NodeName, set[int]] = {}
-        for replica in self.snapshot.replicas_of(self.model.spec.name):
-            found.setdefault(replica.id.node, set()).add(replica.id.index)
-        return {node: frozenset(indices) for node, indices in found.items()}
-
-    def kinds(self, name: NodeName) -> tuple[str, ...]:
-        """Return the kinds of device that both the engine and the spec allow on a node, the better ones first."""
-        engine = self.engine(name)
-        allowed = engine.device_kinds if engine is not None else ()
-        wanted = self.model.spec.device_kind
-        return tuple(kind for kind in ("gpu", "cpu") if kind in allowed and wanted in ("", kind))
-
-    def devices(self, name: NodeName) -> list[tuple[DeviceRecord, int]]:
-        """Return the node's devices of those kinds with what is free, the better kinds first, then the more free."""
-        if name not in self._devices:
-            kinds = self.kinds(name)
-            found = ((d, self._free_bytes(d)) for d in self.snapshot.devices.get(name, {}).values() if d.kind in kinds)
-            self._devices[name] = sorted(found, key=lambda df: (kinds.index(df[0].kind), -df[1], df[0].id))
-        return self._devices[name]
-
-    @cached_property
-    def _devices(self) -> dict[NodeName, list[tuple[DeviceRecord, int]]]:
-        return {}
-
-    def _free_bytes(self, device: DeviceRecord) -> int:
-        """Return what can be claimed on a device.
-
-        That is what is unclaimed of its budget, or what was measured to be free if that is less. The measurement does
-        not show yet what replicas that are still loading will take: their claims come off. A device without a
-        measurement is not a full one.
-        """
-        measured = self.snapshot.measured.get(device.node)
-        if measured is None or device.id not in measured.free_bytes:
-            return device.unclaimed_bytes
-        loading = sum(n for replica, n in device.claims.items() if self._coming(replica))
-        return min(device.unclaimed_bytes, measured.free_bytes[device.id] - loading)
-
-    def _coming(self, replica: ReplicaId) -> bool:
-        record = self.snapshot.replica(replica)
-        return record is not None and record.state.coming
+_DISK_PART = 20
+"""A twentieth of the disk is left alone, and at least a GiB."""
+_CONVERTING = ("minilm",)
+"""Engines whose files a node converts into its cache before the first load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +32,8 @@ class Filter:
     """Return why the node is out, as the rest of a sentence that begins with its name, or None."""
     passes_by_itself: bool = False
     """Whether it is over within a second or so without anybody doing anything."""
+    after: tuple[str, ...] = ()
+    """Names of filters without which this one has nothing to look at: where one of them failed, it is not asked."""
 
 
 def _usable(question: Question, node: NodeName) -> str | None:
@@ -127,15 +48,7 @@ def _usable(question: Question, node: NodeName) -> str | None:
 
 
 def _selector(question: Question, node: NodeName) -> str | None:
-    if not question.policy.node_selector:
-        return None
-    labels = effective_labels(question.snapshot, node)
-    for key, value in sorted(question.policy.node_selector.items()):
-        if key not in labels:
-            return f"has no label {key!r} (the selector wants {value!r})"
-        if labels[key] != value:
-            return f"has the label {key}={labels[key]!r} (the selector wants {value!r})"
-    return None
+    return question.snapshot.selector_mismatch(question.policy, node)
 
 
 def _engine(question: Question, node: NodeName) -> str | None:
@@ -147,15 +60,18 @@ def _engine(question: Question, node: NodeName) -> str | None:
         return f"cannot run the engine {name!r}: {engine.detail or 'it is not installed'}"
     if not question.kinds(node):
         hint = f" ({engine.detail})" if engine.detail else ""
-        wanted, able = question.model.spec.device_kind, ", ".join(engine.device_kinds) or "no device"
+        wanted, able = question.model.spec.device_kind or "gpu", ", ".join(engine.device_kinds) or "no device"
         return f"runs the engine {name!r} on {able} only, not on {wanted!r}{hint}"
     return None
 
 
 def _device(question: Question, node: NodeName) -> str | None:
-    if question.devices(node):
-        return None
-    return f"has no {' or '.join(question.kinds(node))} device"
+    devices, count = question.devices(node), question.device_count
+    if not devices:
+        return f"has no {' or '.join(question.kinds(node))} device"
+    if len(devices) < count:
+        return f"has {len(devices)} of the {count} GPUs that a replica takes"
+    return None
 
 
 def _source(question: Question, node: NodeName) -> str | None:
@@ -166,7 +82,7 @@ def _source(question: Question, node: NodeName) -> str | None:
 
 
 def _source_known(question: Question, node: NodeName) -> str | None:
-    if question.source(node) is not None:
+    if question.hypothetical or question.source(node) is not None:
         return None
     return f"has not said yet whether it has {question.model.spec.source!r}"
 
@@ -178,11 +94,25 @@ def _maximum(question: Question, node: NodeName) -> str | None:  # noqa: ARG001 
     return None
 
 
+def _spread(question: Question, node: NodeName) -> str | None:
+    if question.policy.spread_all and node in question.current_nodes:
+        return "has the one replica that each node gets (spread_all)"
+    return None
+
+
 def _slot(question: Question, node: NodeName) -> str | None:
-    held, limit = len(question.indices(node)), question.node(node).max_replicas_per_model
+    held, limit = len(question.indices(node)), question.snapshot.max_replicas_on(node)
     if held >= limit:
         return f"holds {held} of at most {limit} replicas of the model (max-replicas-per-model)"
     return None
+
+
+def _group(question: Question, node: NodeName) -> str | None:
+    member = question.members_by_node.get(node)
+    if member is None:
+        return None
+    common = sorted({*question.policy.groups} & {*question.snapshot.policy(member).groups})
+    return f"holds {member!r}, which never shares a node with it (group {', '.join(common)})"
 
 
 def _failure(question: Question, node: NodeName) -> str | None:
@@ -192,26 +122,53 @@ def _failure(question: Question, node: NodeName) -> str | None:
     return f"failed to load it a short while ago ({failure.reason}: {failure.message})"
 
 
-def _memory(question: Question, node: NodeName) -> str | None:
-    needed = question.needed_bytes(node)
-    devices = question.devices(node)
-    if any(free >= needed for _, free in devices):
+def _disk(question: Question, node: NodeName) -> str | None:
+    """The node must have room for what it writes before it can load, and some of its disk left afterwards."""
+    source, measured = question.source(node), question.snapshot.measured.get(node)
+    total = question.node(node).disk_total_bytes
+    if question.model.spec.backend not in _CONVERTING or source is None or measured is None or not total:
+        return None  # nothing is written, or nobody knows: unknown is not full
+    replicas = question.snapshot.replicas_of(question.model.spec.name)
+    if any(r.id.node == node and r.state is ReplicaState.READY for r in replicas):
+        return None  # it was converted for that one
+    reserve = max(total // _DISK_PART, _GIB)
+    short = source.weights_bytes + reserve - measured.disk_free_bytes
+    if short <= 0:
         return None
-    free = ", ".join(f"{d.id} has {human_bytes(max(0, n))} free of {human_bytes(d.budget_bytes)}" for d, n in devices)
-    return f"lacks memory: {human_bytes(needed)} needed, {free}"
+    return (
+        f"lacks {human_bytes(short)} of disk: {human_bytes(source.weights_bytes)} to convert the model and"
+        f" {human_bytes(reserve)} to be left free, {human_bytes(measured.disk_free_bytes)} free"
+    )
+
+
+def _memory(question: Question, node: NodeName) -> str | None:
+    if question.choice(node) is not None:
+        return None
+    needed, count = human_bytes(question.needed_bytes(node)), question.device_count
+    parts = (
+        f"{device.id} has {human_bytes(max(0, room))} free of {human_bytes(device.budget_bytes)}"
+        for device, room in question.devices(node)
+    )
+    if count > 1:
+        needed = f"{needed} on each of {count} GPUs ({human_bytes(GANG_OVERHEAD_BYTES)} of it by itself)"
+    shared = ", in memory that they share" if any(device.unified for device, _ in question.devices(node)) else ""
+    return f"lacks memory: {needed} needed, {', '.join(parts)}{shared}"
 
 
 FILTERS: tuple[Filter, ...] = (
     Filter(name="usable", error=NoNodes, check=_usable),
     Filter(name="selector", error=NoCapacity, check=_selector),
     Filter(name="engine", error=EngineUnavailable, check=_engine),
-    Filter(name="device", error=NoCapacity, check=_device),
+    Filter(name="device", error=NoCapacity, check=_device, after=("engine",)),
     Filter(name="source", error=SourceMissing, check=_source),
-    Filter(name="source-known", error=NoCapacity, check=_source_known, passes_by_itself=True),
+    Filter(name="source-known", error=NoCapacity, check=_source_known, passes_by_itself=True, after=("source",)),
     Filter(name="maximum", error=NoCapacity, check=_maximum),
+    Filter(name="spread", error=NoCapacity, check=_spread),
     Filter(name="slot", error=NoCapacity, check=_slot),
+    Filter(name="group", error=NoCapacity, check=_group),
     Filter(name="failure", error=NoCapacity, check=_failure),
-    Filter(name="memory", error=NoCapacity, check=_memory),
+    Filter(name="disk", error=NoCapacity, check=_disk, after=("source", "source-known")),
+    Filter(name="memory", error=NoCapacity, check=_memory, after=("engine", "device", "source", "source-known")),
 )
 
 
@@ -242,12 +199,6 @@ def _judge(question: Question, node: NodeName) -> Verdict:
         if reason is not None:
             return Verdict(node=node, stage=stage, failed=one, reason=reason)
     return Verdict(node=node, stage=len(FILTERS))
-
-
-def effective_labels(snapshot: Snapshot, node: NodeName) -> Mapping[str, str]:
-    """Return a node's labels, the operator's over the worker's."""
-    record, approval = snapshot.nodes.get(node), snapshot.approvals.get(node)
-    return {**(record.labels if record else {}), **(approval.labels if approval else {})}
 
 
 def human_bytes(count: int) -> str:

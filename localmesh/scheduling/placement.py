@@ -8,7 +8,8 @@ from types import MappingProxyType
 from localmesh.core.errors import ModelNotFound, NoNodes, PlacementFailed
 from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId
 from localmesh.core.snapshot import Snapshot
-from localmesh.scheduling.filters import Question, Verdict, judge
+from localmesh.scheduling.filters import Verdict, judge
+from localmesh.scheduling.question import Question
 from localmesh.scheduling.scorers import Option, rank
 
 _NODES_IN_MESSAGE = 8
@@ -51,26 +52,36 @@ def plan_placement(
         raise ModelNotFound(f"there is no model {model!r}", model=model)
     question = Question(snapshot=snapshot, model=record, policy=snapshot.policy(model), excluded=exclude_nodes)
     verdicts = judge(question)
-    options = [_option(question, v.node) for v in verdicts if v.failed is None]
+    options = feasible(question, verdicts)
     if not options:
-        raise _failure(question, verdicts)
-    best = rank(question, options)[0]
-    taken = question.indices(best.node)
+        raise failure(question, verdicts)
+    return plan_of(question, rank(question, options)[0])
+
+
+def feasible(question: Question, verdicts: Sequence[Verdict]) -> list[Option]:
+    """Return an option for each node that passed all filters."""
+    found = []
+    for verdict in verdicts:
+        devices = question.choice(verdict.node) if verdict.failed is None else None
+        if devices is not None:
+            room = min(room for device, room in question.devices(verdict.node) if device.id in devices)
+            found.append(Option(node=verdict.node, devices=MappingProxyType(devices), room_bytes=room))
+    return found
+
+
+def plan_of(question: Question, option: Option) -> PlacementPlan:
+    """Return what T1 would write for an option."""
+    model, taken = question.model, question.indices(option.node)
     return PlacementPlan(
-        replica=ReplicaId(model, best.node, next(i for i in count() if i not in taken)),
-        revision=record.revision,
-        devices=MappingProxyType({best.device.id: question.needed_bytes(best.node)}),
-        incarnation=question.node(best.node).incarnation,
+        replica=ReplicaId(model.spec.name, option.node, next(i for i in count() if i not in taken)),
+        revision=model.revision,
+        devices=option.devices,
+        incarnation=question.node(option.node).incarnation,
     )
 
 
-def _option(question: Question, node: NodeName) -> Option:
-    needed = question.needed_bytes(node)
-    device, free = next((d, free) for d, free in question.devices(node) if free >= needed)
-    return Option(node=node, device=device, free_bytes=free)
-
-
-def _failure(question: Question, verdicts: Sequence[Verdict]) -> PlacementFailed:
+def failure(question: Question, verdicts: Sequence[Verdict]) -> PlacementFailed:
+    """Return why there is no place, where no node passed all filters."""
     spec = question.model.spec
     if not verdicts:
         return NoNodes(f"the model {spec.name!r} cannot be placed: no worker is registered", model=spec.name)

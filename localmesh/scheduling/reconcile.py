@@ -162,11 +162,20 @@ class _Planner:
             return False
         old, new = self._live(model)
         self._stop(list(self._superseded(model, old, new)), why=f"revision {model.revision} replaces it")
+        self._stop(list(self._beyond_node(model, old, new)), why="its node is to hold fewer of the model")
         self._stop(self._surplus(model, old, new), why="the model has more replicas than its maximum")
         lost = not old and not new and any(r.id in self._dead for r in replicas)
-        wanted = max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0)
         coming = sum(1 for r in new if r.state.coming)
-        return len(new) < wanted and coming < self._config.max_coming_per_model
+        return self._too_few(model, old, new, lost=lost) and coming < self._config.max_coming_per_model
+
+    def _too_few(
+        self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord], *, lost: bool
+    ) -> bool:
+        name = model.spec.name
+        if self._actual.policy(name).spread_all:
+            covered = {r.id.node for r in new}
+            return any(node not in covered for node in self._actual.selected_nodes(name))
+        return len(new) < max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0)
 
     def _get_one(self, name: ModelName) -> None:
         """Plan another replica of a model."""
@@ -226,10 +235,31 @@ class _Planner:
             if self._stoppable(replica) and (immediate or serving or replica.state.coming):
                 yield replica
 
+    def _beyond_node(
+        self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]
+    ) -> Iterator[ReplicaRecord]:
+        """Yield what nodes hold beyond their slots; the lowest indices stay.
+
+        With `spread_all` also what a node holds beyond one of a revision, and all on nodes that match no more.
+        """
+        policy, stopped = self._actual.policy(model.spec.name), self._stopped()
+        live = [r for r in (*old, *new) if r.id not in stopped and self._stoppable(r)]
+        for node in sorted({r.id.node for r in live}):
+            here = sorted((r for r in live if r.id.node == node), key=lambda r: (r.state.coming, r.id))
+            if policy.spread_all and self._actual.selector_mismatch(policy, node) is not None:
+                yield from here
+                continue
+            slots, seen = self._actual.max_replicas_on(node), set[str]()
+            for place, replica in enumerate(here):
+                if place >= slots or (policy.spread_all and replica.revision in seen):
+                    yield replica
+                seen.add(replica.revision)
+
     def _surplus(
         self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]
     ) -> list[ReplicaRecord]:
-        limit = self._actual.policy(model.spec.name).max_replicas
+        policy = self._actual.policy(model.spec.name)
+        limit = 0 if policy.spread_all else policy.max_replicas
         stopped = self._stopped()
         live = [r for r in (*old, *new) if r.id not in stopped]
         if not limit or len(live) <= limit:

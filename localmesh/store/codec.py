@@ -17,6 +17,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId, model_name
+from localmesh.core.labels import Operator, SelectorTerm
 from localmesh.core.records import (
     ApprovalRecord,
     DeviceRecord,
@@ -101,6 +102,7 @@ def fill_model(message: pb.Model, spec: ModelSpec) -> str:
     _replace(message.options, spec.options)
     message.memory_bytes = spec.memory_bytes
     message.device_kind = spec.device_kind
+    message.device_count = spec.device_count
     message.revision = revision_of(spec)
     return message.revision
 
@@ -122,6 +124,7 @@ def decode_model(model: ModelName, value: bytes, mod_revision: int) -> ModelReco
         options=_frozen(message.options),
         memory_bytes=_size(message.memory_bytes),
         device_kind=message.device_kind,
+        device_count=_size(message.device_count),
     )
     if not message.revision:
         raise ValueError("a model without a revision")
@@ -134,6 +137,11 @@ def fill_policy(message: pb.Policy, policy: Policy) -> None:
     message.min_replicas = policy.min_replicas
     message.max_replicas = policy.max_replicas
     message.immediate = policy.immediate
+    del message.selector_terms[:]
+    for term in policy.selector_terms:
+        message.selector_terms.add(key=term.key, operator=_OPERATOR_TO_WIRE[term.operator], values=term.values)
+    message.groups[:] = policy.groups
+    message.spread_all = policy.spread_all
 
 
 def decode_policy(value: bytes, mod_revision: int) -> PolicyRecord:
@@ -144,8 +152,27 @@ def decode_policy(value: bytes, mod_revision: int) -> PolicyRecord:
         min_replicas=_size(message.min_replicas),
         max_replicas=_size(message.max_replicas),
         immediate=message.immediate,
+        selector_terms=tuple(_decode_term(term) for term in message.selector_terms),
+        groups=tuple(message.groups),
+        spread_all=message.spread_all,
     )
     return PolicyRecord(policy=policy, mod_revision=mod_revision)
+
+
+def _decode_term(message: pb.SelectorTerm) -> SelectorTerm:
+    operator = _OPERATOR_FROM_WIRE.get(message.operator)
+    if operator is None:  # a guess would place replicas where they must not be
+        raise ValueError(f"unknown operator of a selector: {message.operator}")
+    return SelectorTerm(key=message.key, operator=operator, values=tuple(message.values))
+
+
+_OPERATOR_TO_WIRE: Mapping[Operator, pb.SelectorOperator.ValueType] = {
+    Operator.IN: pb.SELECTOR_OPERATOR_IN,
+    Operator.NOT_IN: pb.SELECTOR_OPERATOR_NOT_IN,
+    Operator.EXISTS: pb.SELECTOR_OPERATOR_EXISTS,
+    Operator.DOES_NOT_EXIST: pb.SELECTOR_OPERATOR_DOES_NOT_EXIST,
+}
+_OPERATOR_FROM_WIRE = {wire: operator for operator, wire in _OPERATOR_TO_WIRE.items()}
 
 
 def fill_approval(message: pb.Approval, approval: ApprovalRecord) -> None:
@@ -155,6 +182,8 @@ def fill_approval(message: pb.Approval, approval: ApprovalRecord) -> None:
     message.cordoned = approval.cordoned
     message.draining = approval.draining
     _replace(message.labels, approval.labels)
+    message.max_replicas_per_model = approval.max_replicas_per_model
+    _replace(message.memory_budgets, approval.memory_budgets)
 
 
 def decode_approval(value: bytes, mod_revision: int) -> ApprovalRecord:
@@ -166,6 +195,8 @@ def decode_approval(value: bytes, mod_revision: int) -> ApprovalRecord:
         cordoned=message.cordoned,
         draining=message.draining,
         labels=_frozen(message.labels),
+        max_replicas_per_model=_size(message.max_replicas_per_model),
+        memory_budgets=_frozen(message.memory_budgets),
         mod_revision=mod_revision,
     )
 
@@ -219,6 +250,7 @@ def fill_device(message: pb.Device, device: DeviceRecord) -> None:
     message.name = device.name
     message.total_bytes = device.total_bytes
     message.budget_bytes = device.budget_bytes
+    message.worker_budget_bytes = device.worker_budget_bytes
     message.unified = device.unified
     _replace(message.claims, {_claim_key(replica): size for replica, size in device.claims.items()})
 
@@ -235,6 +267,7 @@ def decode_device(node: NodeName, device: DeviceId, value: bytes, mod_revision: 
         budget_bytes=_size(message.budget_bytes),
         name=message.name,
         unified=message.unified,
+        worker_budget_bytes=_size(message.worker_budget_bytes),
         claims=MappingProxyType(claims),
         mod_revision=mod_revision,
     )

@@ -200,6 +200,10 @@ class Keys:
         """Prefix of a model's replicas."""
         return self._key(Table.REPLICAS, f"{model}/")
 
+    def replicas_on(self, model: ModelName, node: NodeName) -> bytes:
+        """Prefix of a model's replicas on one node."""
+        return self._key(Table.REPLICAS, f"{model}/{node}/")
+
     def replica(self, replica: ReplicaId) -> bytes:
         """Key of a replica."""
         return self._key(Table.REPLICAS, str(replica))

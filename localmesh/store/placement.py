@@ -7,14 +7,19 @@ from dataclasses import dataclass, replace
 
 from localmesh.core.errors import Conflict
 from localmesh.core.ids import DeviceId, ReplicaId
-from localmesh.core.records import DeviceRecord, NodeRecord, ReplicaRecord, ReplicaState
+from localmesh.core.memory import left_bytes, sharing
+from localmesh.core.records import NodeRecord, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import KeyValue, Leadership
 from localmesh.etcd import transactions as t
 from localmesh.store import codec
 from localmesh.store.access import StoreAccess, guard, new_token
 from localmesh.store.errors import readable
+from localmesh.store.keys import Table
 from localmesh.store.v1 import records_pb2 as pb
+
+_MAX_MEMBERS = 64
+"""Members of a model's groups that are compared one by one, so that the transaction stays within etcd's limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +41,12 @@ class Placing(StoreAccess):
         """T1: reserve memory and slot for a replica, and make its record: its worker then loads it.
 
         IF presence of the incarnation AND approval, policy, model and every claimed device have the mod-revisions of
-        the snapshot AND the replica's key does not exist AND no replica of the model was created since the snapshot
+        the snapshot, as have devices that share memory with those, AND the replica's key does not exist AND no replica
+        of the model was created since the snapshot
         THEN put the replica (PLACED) under the node's record lease, and the devices with the claim, which keep theirs.
         A claim that was handed over to this replica (T7) is replaced by the one of the placement.
+        For a model with groups also IF no policy was changed since the snapshot, since policies say who the members
+        are, AND no replica of a member was created on the node since.
 
         An unknown outcome is settled by the record's token.
 
@@ -73,6 +81,8 @@ class Placing(StoreAccess):
             ),
             t.create(key) == 0,
             t.create(keys.replicas(replica.model), prefix=True) < view.revision + 1,
+            *self._neighbours(placement),
+            *self._no_member_came(placement),
             *guard(leader),
         ]
         claims = await self._claims(placement)
@@ -91,6 +101,29 @@ class Placing(StoreAccess):
             with readable(replica):
                 return codec.decode_replica(replica, kv.value, kv.mod_revision, kv.create_revision)
         return replace(record, mod_revision=outcome.revision, create_revision=outcome.revision)
+
+    def _neighbours(self, placement: Placement) -> list[t.Compare]:
+        """Return that devices are as seen which are not claimed, but whose claims come from the same memory."""
+        node, devices = placement.replica.node, placement.snapshot.devices[placement.replica.node]
+        found = {other.id: other for device in placement.devices for other in sharing(devices, device)}
+        unclaimed = [other for name, other in found.items() if name not in placement.devices]
+        return [t.mod(self.keys.device(node, other.id)) == other.mod_revision for other in unclaimed]
+
+    def _no_member_came(self, placement: Placement) -> list[t.Compare]:
+        """Return that the groups are as seen, and that no member has come to the node since."""
+        keys, replica, view = self.keys, placement.replica, placement.snapshot
+        if not view.policy(replica.model).groups:
+            return []
+        members = sorted(view.group_members(replica.model))
+        if len(members) > _MAX_MEMBERS:
+            ranges = [keys.table(Table.REPLICAS)]
+        else:
+            ranges = [keys.replicas_on(member, replica.node) for member in members]
+        since = view.revision + 1
+        return [
+            t.mod(keys.table(Table.POLICIES), prefix=True) < since,
+            *(t.create(found, prefix=True) < since for found in ranges),
+        ]
 
     async def _claims(self, placement: Placement) -> list[t.Op]:
         """Return the puts that add the claims to the devices as they are stored."""
@@ -132,21 +165,32 @@ def check_placement(placement: Placement) -> NodeRecord:
     if most and len(present) >= most:
         raise _refused(replica, f"the model has the {most} replicas that it may have")
     here = sum(1 for other in present if other.node == replica.node)
-    if here >= node.max_replicas_per_model:
-        raise _refused(replica, f"the node takes {node.max_replicas_per_model} of a model")
-    if not placement.devices:
-        raise _refused(replica, "it claims no device")
-    devices = view.devices.get(replica.node, {})
-    for device, size in placement.devices.items():
-        record = devices.get(device)
-        if record is None or not 0 <= size <= _room(record, replica):
-            raise _refused(replica, f"there is no room on the device {device}")
+    slots = view.max_replicas_on(replica.node)
+    if here >= slots:
+        raise _refused(replica, f"the node takes {slots} of a model")
+    spread = view.policy(replica.model).spread_all
+    if spread and any(
+        r.id.node == replica.node and r.revision == model.revision for r in view.replicas_of(replica.model)
+    ):
+        raise _refused(replica, "each node gets one replica of it")
+    for member in sorted(view.group_members(replica.model)):
+        if any(other.id.node == replica.node for other in view.replicas_of(member)):
+            raise _refused(replica, f"the node holds the model {member}, which never shares a node with it")
+    _check_memory(placement)
     return node
 
 
-def _room(device: DeviceRecord, replica: ReplicaId) -> int:
-    """Return what the replica may claim: what is free, and what was handed over to it."""
-    return device.unclaimed_bytes + device.claims.get(replica, 0)
+def _check_memory(placement: Placement) -> None:
+    replica, sizes = placement.replica, placement.devices
+    if not sizes:
+        raise _refused(replica, "it claims no device")
+    devices = placement.snapshot.devices.get(replica.node, {})
+    for device, size in sizes.items():
+        if device not in devices or size < 0:
+            raise _refused(replica, f"there is no room on the device {device}")
+    for device, left in left_bytes(devices, sizes, claimant=replica).items():
+        if left < 0:
+            raise _refused(replica, f"there is no room on the device {device}")
 
 
 def _refused(replica: ReplicaId, reason: str) -> Conflict:

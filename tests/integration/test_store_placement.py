@@ -11,6 +11,7 @@ from localmesh.core.ids import CPU, DeviceId, ModelName, NodeName, ReplicaId
 from localmesh.core.records import ModelSpec, Policy, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import Leadership
+from localmesh.store import DeviceFacts, LeaseTimes, Registration
 from localmesh.store.v1 import records_pb2 as pb
 from tests.integration.store_kit import GIB, M0, Kit, M, N, store_kit
 
@@ -106,6 +107,74 @@ async def test_whatever_changes_between_plan_and_placement_is_a_conflict(
     after = await kit.load()
     assert after.replica(M0) is None
     assert M0 not in after.devices.get(N, {CPU: snapshot.devices[N][CPU]})[CPU].claims
+
+
+OTHER, THIRD = ModelName("other"), ModelName("third")
+
+
+async def grouped(kit: Kit, *, members: int = 1) -> None:
+    """Put the model and others into a group."""
+    for name in (M, OTHER, *(ModelName(f"member-{i}") for i in range(1, members))):
+        await kit.model(name, groups=("large",))
+
+
+@pytest.mark.parametrize("members", [1, 100], ids=["few members", "more members than are compared one by one"])
+async def test_of_two_members_of_a_group_that_are_placed_on_a_node_at_once_one_wins(kit: Kit, members: int) -> None:
+    """F37: invariant 4 holds also where the two take different devices."""
+    gpu = DeviceId("GPU-1")
+    await kit.node(devices={CPU: GIB, gpu: GIB})
+    await grouped(kit, members=members)
+    snapshot = await kit.load()
+    on_gpu = replace(kit.plan(ReplicaId(OTHER, N, 0), snapshot), devices={gpu: GIB})
+    outcomes = await asyncio.gather(kit.place(snapshot=snapshot), kit.store.place(on_gpu), return_exceptions=True)
+    assert sorted(type(o).__name__ for o in outcomes) == ["Conflict", "ReplicaRecord"]
+    assert sum(1 for _ in (await kit.load()).all_replicas()) == 1
+
+
+async def test_members_of_a_group_are_placed_on_different_nodes_at_once(kit: Kit) -> None:
+    """F37: they are in nobody's way there."""
+    elsewhere = NodeName("elsewhere")
+    await kit.node(elsewhere)
+    await grouped(kit)
+    snapshot = await kit.load()
+    await asyncio.gather(kit.place(snapshot=snapshot), kit.place(ReplicaId(OTHER, elsewhere, 0), snapshot=snapshot))
+
+
+async def test_a_model_that_joins_the_group_meanwhile_is_a_conflict(kit: Kit) -> None:
+    """F37: in force from the first second."""
+    await kit.model(groups=("large",))
+    await kit.model(OTHER)
+    await kit.place(ReplicaId(OTHER, N, 0))
+    snapshot = await kit.load()
+    await kit.model(OTHER, groups=("large",))
+    with pytest.raises(Conflict):
+        await kit.place(snapshot=snapshot)
+
+
+async def test_policies_of_others_are_no_hindrance_to_a_model_without_groups(kit: Kit) -> None:
+    snapshot = await kit.load()
+    await kit.model(THIRD, groups=("large",))
+    await kit.place(snapshot=snapshot)
+
+
+async def test_memory_that_two_devices_share_is_not_claimed_twice_at_once(kit: Kit) -> None:
+    """F9, F27: invariant 1 for a unified GPU and the CPU."""
+    gpu = DeviceId("GPU-1")
+    facts = {
+        CPU: DeviceFacts(id=CPU, kind="cpu", total_bytes=GIB, budget_bytes=GIB),
+        gpu: DeviceFacts(id=gpu, kind="gpu", total_bytes=GIB, budget_bytes=GIB, unified=True),
+    }
+    registration = Registration(
+        node=N, key_fingerprint=f"key-of-{N}", endpoint="x:1", devices=tuple(facts.values()), auto_approve=True
+    )
+    await kit.model(OTHER)
+    await kit.store.register(registration, LeaseTimes(presence_seconds=60, record_seconds=120))
+    snapshot = await kit.load()
+    on_gpu = replace(kit.plan(ReplicaId(OTHER, N, 0), snapshot), devices={gpu: GIB})
+    outcomes = await asyncio.gather(kit.place(snapshot=snapshot), kit.store.place(on_gpu), return_exceptions=True)
+    assert sorted(type(o).__name__ for o in outcomes) == ["Conflict", "ReplicaRecord"]
+    devices = (await kit.load()).devices[N]
+    assert sum(d.claimed_bytes for d in devices.values()) == GIB
 
 
 async def test_telemetry_makes_no_placement_fail(kit: Kit) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from localmesh.core.errors import InvalidRequest, InvalidSpec
 from localmesh.core.ids import CPU, DeviceId, HolderId, ModelName, NodeName, ReplicaId
+from localmesh.core.labels import Operator, SelectorTerm
 from localmesh.core.records import (
     ApprovalRecord,
     DeviceRecord,
@@ -41,6 +42,7 @@ FULL = ModelSpec(
     options={"a": "1", "b": "2:3"},
     memory_bytes=1 << 30,
     device_kind="gpu",
+    device_count=2,
 )
 
 
@@ -66,7 +68,14 @@ def test_a_spec_survives_the_way_there_and_back() -> None:
 
 
 def test_a_policy_survives_the_way_there_and_back() -> None:
-    policy = Policy(node_selector={"zone": "a"}, min_replicas=1, max_replicas=3, immediate=True)
+    policy = Policy(
+        node_selector={"zone": "a"},
+        min_replicas=1,
+        max_replicas=3,
+        immediate=True,
+        selector_terms=(SelectorTerm(key="gpu.memory", operator=Operator.IN, values=("24GiB", "48GiB")),),
+        groups=("large",),
+    )
     assert convert.policy_from_proto(convert.policy_to_proto(policy)) == policy
     assert convert.policy_from_proto(pb.PlacementPolicy()) == Policy()
 
@@ -137,6 +146,17 @@ def test_a_spec_that_cannot_be_is_refused_with_its_field(changes: dict[str, Any]
         (pb.PlacementPolicy(min_replicas=1 << 30), "policy.min_replicas"),
         (pb.PlacementPolicy(rollout=7), "policy.rollout"),  # type: ignore[arg-type]
         (pb.PlacementPolicy(node_selector={"": "x"}), "policy.node_selector"),
+        (pb.PlacementPolicy(spread_all=True, min_replicas=1), "policy.spread_all"),
+        (pb.PlacementPolicy(spread_all=True, max_replicas=1), "policy.spread_all"),
+        (pb.PlacementPolicy(groups=["a/b"]), "policy.groups"),
+        (pb.PlacementPolicy(groups=[str(i) for i in range(17)]), "policy.groups"),
+        (pb.PlacementPolicy(selector_terms=[pb.SelectorTerm(key="k")]), "policy.selector_terms"),
+        (pb.PlacementPolicy(selector_terms=[pb.SelectorTerm(key="k", operator=1)]), "policy.selector_terms"),
+        (pb.PlacementPolicy(selector_terms=[pb.SelectorTerm(key="", operator=3)]), "policy.selector_terms"),
+        (
+            pb.PlacementPolicy(selector_terms=[pb.SelectorTerm(key="k", operator=3, values=["v"])]),
+            "policy.selector_terms",
+        ),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused_with_its_field(policy: pb.PlacementPolicy, field: str) -> None:
@@ -222,8 +242,16 @@ def test_a_node_stands_as_approval_and_presence_say(
 
 
 def test_a_live_node_is_shown_with_the_operators_labels_over_its_own() -> None:
+    """F6."""
     node = convert.node_to_proto(snapshot(approval=OK, present=True), NODE)
-    assert dict(node.labels) == {"zone": "b", "tier": "worker"}
+    assert dict(node.labels) == {
+        "zone": "b",
+        "tier": "worker",
+        "node.name": "n1",
+        "node.replica-slots": "2",
+        "gpu.count": "1",
+        "gpu.memory": "0GiB",
+    }
     assert (node.endpoint, node.incarnation, node.key_fingerprint) == ("127.0.0.1:7", "abc", "k0")
     assert [(d.id, d.claimed_bytes, d.HasField("free_bytes")) for d in node.devices] == [
         ("cpu", 30, True),
@@ -272,3 +300,21 @@ def test_models_engines_and_failures_are_shown_whole() -> None:
     assert convert.engine_from_proto(convert.engine_to_proto(engine)) == engine
     failure = convert.failure_to_proto(FailureRecord(model=MODEL, node=NODE, reason="LOAD_FAILED", message="m"))
     assert (failure.model, failure.node, failure.reason, failure.message) == ("tiny", "n1", "LOAD_FAILED", "m")
+
+
+def test_one_device_is_spelt_in_one_way_so_that_the_revision_stays() -> None:
+    """F28."""
+    assert convert.spec_from_proto(spec(resources__device_count=1)) == convert.spec_from_proto(spec())
+
+
+@pytest.mark.parametrize(("count", "kind"), [(2, "cpu"), (-1, ""), (65, "gpu")])
+def test_a_number_of_devices_that_no_node_has_is_refused(count: int, kind: str) -> None:
+    """F28."""
+    with pytest.raises(InvalidSpec) as caught:
+        convert.spec_from_proto(spec(resources__device_count=count, resources__device_kind=kind))
+    assert caught.value.metadata["field"] == "resources.device_count"
+
+
+def test_the_names_of_groups_are_put_in_order_once() -> None:
+    """F37."""
+    assert convert.policy_from_proto(pb.PlacementPolicy(groups=["b", "a", "b"])).groups == ("a", "b")

@@ -23,11 +23,17 @@ parameters:
   embeddings: true
   max_concurrent_requests: 7
   options: {seed: 1, mode: fast}
-resources: {memory: 1.5GiB, device: cpu}
+resources: {memory: 1.5GiB, device: gpu, devices: 2}
 placement:
   min_replicas: 1
   max_replicas: 4
   node_selector: {zone: a, tier: 2}
+  selector_terms:
+    - {key: gpu.memory, operator: In, values: [24GiB, 48GiB]}
+    - {key: tier, operator: NotIn, values: [1]}
+    - {key: gpu.vendor, operator: Exists}
+    - {key: broken, operator: DoesNotExist}
+  groups: [large, 7]
   rollout: immediate
 """
 HEAD = "apiVersion: localmesh/v1\nkind: Model\nname: tiny\nengine: llama\nsource: t.gguf\n"
@@ -55,11 +61,31 @@ def test_every_field_is_read() -> None:
             max_concurrent_requests=7,
             options={"seed": "1", "mode": "fast"},
         ),
-        resources=types_pb2.Resources(memory_bytes=3 << 29, device_kind="cpu"),
+        resources=types_pb2.Resources(memory_bytes=3 << 29, device_kind="gpu", device_count=2),
     )
     assert policy == types_pb2.PlacementPolicy(
-        node_selector={"zone": "a", "tier": "2"}, min_replicas=1, max_replicas=4, rollout=types_pb2.ROLLOUT_IMMEDIATE
+        node_selector={"zone": "a", "tier": "2"},
+        min_replicas=1,
+        max_replicas=4,
+        selector_terms=[
+            types_pb2.SelectorTerm(
+                key="gpu.memory", operator=types_pb2.SELECTOR_OPERATOR_IN, values=["24GiB", "48GiB"]
+            ),
+            types_pb2.SelectorTerm(key="tier", operator=types_pb2.SELECTOR_OPERATOR_NOT_IN, values=["1"]),
+            types_pb2.SelectorTerm(key="gpu.vendor", operator=types_pb2.SELECTOR_OPERATOR_EXISTS),
+            types_pb2.SelectorTerm(key="broken", operator=types_pb2.SELECTOR_OPERATOR_DOES_NOT_EXIST),
+        ],
+        groups=["large", "7"],
+        rollout=types_pb2.ROLLOUT_IMMEDIATE,
     )
+
+
+def test_all_that_is_read_can_be_written_and_read_again() -> None:
+    """F33."""
+    [(spec, policy)] = parse_models(FULL)
+    assert parse_models(to_yaml(spec, policy)) == [(spec, policy)]
+    everywhere = types_pb2.PlacementPolicy(spread_all=True)
+    assert parse_models(to_yaml(spec, everywhere)) == [(spec, everywhere)]
 
 
 def test_without_placement_the_policy_stays_as_it_is() -> None:
@@ -106,6 +132,20 @@ def test_a_name_is_its_text_also_where_yaml_sees_something_else(name: str) -> No
         ("parameters:\n  context_tokens: 999999999", 7, "parameters.context_tokens", "between 0 and"),
         ("placement:\n  rollout: slowly", 7, "placement.rollout", "expected overlap or immediate"),
         ("placement:\n  max_replicas: 1\n  min_replicas: 2", 8, "placement.min_replicas", "above max_replicas"),
+        ("placement:\n  spread_all: true\n  min_replicas: 1", 7, "placement.spread_all", "leave out min_replicas"),
+        ("placement:\n  groups: large", 7, "placement.groups", "expected a list"),
+        ("placement:\n  groups: [a/b]", 7, "placement.groups", "not a name of a group"),
+        ("placement:\n  selector_terms: {a: b}", 7, "placement.selector_terms", "expected a list"),
+        (
+            "placement:\n  selector_terms:\n    - {key: a, operator: Is}",
+            8,
+            "placement.selector_terms[0].operator",
+            "expected In or NotIn",
+        ),
+        ("placement:\n  selector_terms: [{key: a}]", 7, "placement.selector_terms[0].operator", "is missing"),
+        ("placement:\n  selector_terms: [{key: a, operator: In}]", 7, "placement.selector_terms", "at least one value"),
+        ("resources:\n  devices: two", 7, "resources.devices", "expected a whole number"),
+        ("resources:\n  device: cpu\n  devices: 2", 8, "resources.devices", "one device of the kind 'cpu'"),
         ("name: again", 6, "name", "given twice, first in line 3"),
         ("? [a]\n: 1", 6, "key", "expected text"),
     ],

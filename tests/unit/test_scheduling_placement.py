@@ -24,7 +24,7 @@ from localmesh.core.records import (
 )
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import with_placement
-from localmesh.scheduling.filters import FILTERS, effective_labels, human_bytes
+from localmesh.scheduling.filters import FILTERS, human_bytes
 from localmesh.scheduling.placement import plan_placement
 from localmesh.scheduling.scorers import SCORERS
 
@@ -102,8 +102,17 @@ def test_the_node_with_most_unclaimed_memory_is_taken() -> None:
     assert plan_placement(state, M).replica == ReplicaId(M, NodeName("b"), 0)
 
 
-def test_equal_nodes_stand_by_name_so_that_the_plan_is_always_the_same() -> None:
-    assert plan_placement(mesh("c", "a", "b"), M).replica.node == "a"
+def test_equal_nodes_stand_in_an_order_of_each_model_so_that_many_models_do_not_herd() -> None:
+    """F26."""
+    nodes = ("a", "b", "c", "d")
+
+    def first(name: str, *order: str) -> str:
+        spec = ModelSpec(name=ModelName(name), backend="llama", source="m.gguf", memory_bytes=GIB)
+        return plan_placement(mesh(*order, spec=spec), spec.name).replica.node
+
+    firsts = [first(f"m{i}", *nodes) for i in range(40)]
+    assert firsts == [first(f"m{i}", *reversed(nodes)) for i in range(40)], "the same state, the same plan"
+    assert all(firsts.count(node) >= 3 for node in nodes)
 
 
 def test_the_plan_names_revision_claim_and_incarnation() -> None:
@@ -231,7 +240,7 @@ def test_the_selector_looks_at_the_operators_labels_over_the_workers() -> None:
     assert plan_placement(state, M).replica.node == "a"
     operator = ApprovalRecord(key_fingerprint="a", labels={"zone": "z"})
     state = replace(state, approvals={**state.approvals, NodeName("a"): operator})
-    assert effective_labels(state, NodeName("a")) == {"zone": "z"}
+    assert state.labels(NodeName("a"))["zone"] == "z"
     with pytest.raises(NoCapacity, match=r"a has the label zone='z' \(the selector wants 'x'\)"):
         plan_placement(state, M)
 

@@ -266,3 +266,63 @@ def test_the_order_in_which_the_mesh_became_known_does_not_show_in_the_plan(orde
         return state
 
     assert kinds(plan(build(order))) == kinds(plan(build(range(4))))
+
+
+def settle(state: Snapshot) -> Snapshot:
+    """The mesh once the reconciler is through and all that was placed is READY."""
+    while actions := plan(state).actions:
+        state = apply(state, actions)
+        for record in list(state.all_replicas()):
+            if record.state.coming:
+                state = set_state(state, record.id, READY)
+            elif record.state is ReplicaState.UNLOADING:
+                state = without_replica(state, record)
+    return state
+
+
+def homes(state: Snapshot) -> list[str]:
+    return sorted(r.node for r in state.replicas.get(M, {}))
+
+
+def test_spreading_over_all_gives_every_node_one_also_one_that_appears_later() -> None:
+    """F33."""
+    state = settle(mesh(3, slots=2, spread_all=True))
+    assert homes(state) == ["n0", "n1", "n2"]
+    assert homes(settle(add_node(state, "n3", incarnation=99, slots=2))) == ["n0", "n1", "n2", "n3"]
+
+
+def test_spreading_over_all_leaves_nodes_that_match_no_more() -> None:
+    """F33."""
+    state = settle(mesh(2, spread_all=True))
+    chosen = Policy(spread_all=True, node_selector={"node.name": "n1"})
+    state = settle(add_model(state, M, revision="r1", policy=chosen))
+    assert homes(state) == ["n1"]
+
+
+def test_spreading_over_all_takes_in_what_a_minimum_left_behind() -> None:
+    """F33: two replicas of a node become one, the highest index goes."""
+    state = settle(mesh(1, slots=3, min_replicas=3))
+    state = settle(edit(state, "r1", spread_all=True))
+    assert [str(r) for r in state.replicas[M]] == ["m/n0/0"]
+
+
+def test_a_new_revision_reaches_every_node_that_is_spread_over() -> None:
+    """F33, F40."""
+    state = settle(edit(settle(mesh(3, spread_all=True)), "r2", spread_all=True))
+    assert homes(state) == ["n0", "n1", "n2"]
+    assert {r.revision for r in state.replicas[M].values()} == {"r2"}
+
+
+def test_fewer_slots_drain_the_surplus_from_the_highest_index() -> None:
+    """F32."""
+    state = serve(mesh(1, slots=3), 3)
+    node = NodeName("n0")
+    fewer = replace(state, nodes={node: replace(state.nodes[node], max_replicas_per_model=1)})
+    assert kinds(plan(fewer)) == [("Drain", "m/n0/1"), ("Drain", "m/n0/2")]
+
+
+def test_an_operators_override_of_the_slots_counts_instead_of_the_workers_word() -> None:
+    """F32."""
+    state = serve(mesh(1, slots=3), 3)
+    overridden = ApprovalRecord(key_fingerprint="n0", max_replicas_per_model=2)
+    assert kinds(plan(replace(state, approvals={NodeName("n0"): overridden}))) == [("Drain", "m/n0/2")]

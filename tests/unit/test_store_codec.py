@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localmesh.core.ids import CPU, DeviceId, ModelName, NodeName, ReplicaId
+from localmesh.core.labels import Operator, SelectorTerm
 from localmesh.core.records import (
     ApprovalRecord,
     DeviceRecord,
@@ -62,7 +63,16 @@ def test_layers_on_the_gpu_that_are_not_said_are_not_zero() -> None:
 
 
 def test_policy_and_approval_are_read_back_as_written() -> None:
-    policy = Policy(node_selector={"zone": "a"}, min_replicas=1, max_replicas=4, immediate=True)
+    terms = tuple(SelectorTerm(key="k", operator=o, values=("v",) if o.takes_values else ()) for o in Operator)
+    policy = Policy(
+        node_selector={"zone": "a"},
+        min_replicas=1,
+        max_replicas=4,
+        immediate=True,
+        selector_terms=terms,
+        groups=("g", "h"),
+        spread_all=True,
+    )
     policy_message = pb.Policy()
     codec.fill_policy(policy_message, policy)
     assert codec.decode_policy(codec.encode(policy_message), 3).policy == policy
@@ -72,6 +82,13 @@ def test_policy_and_approval_are_read_back_as_written() -> None:
     approval_message = pb.Approval()
     codec.fill_approval(approval_message, approval)
     assert codec.decode_approval(codec.encode(approval_message), 9) == approval
+
+
+def test_a_condition_that_this_version_does_not_know_is_refused() -> None:
+    """F26: a guess would place replicas where they must not be."""
+    message = pb.Policy(selector_terms=[pb.SelectorTerm(key="k", operator=99)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown operator of a selector: 99"):
+        codec.decode_policy(codec.encode(message), 1)
 
 
 def test_a_node_is_read_back_with_its_lease_as_incarnation() -> None:

@@ -91,3 +91,45 @@ def test_memory_that_was_handed_over_is_room_for_its_heir_alone() -> None:
     assert check_placement(replace(heir, snapshot=snapshot))
     with pytest.raises(Conflict, match="no room"):
         check_placement(replace(PLACEMENT, snapshot=snapshot))
+
+
+OTHER = ModelName("other")
+
+
+def grouped(*nodes: str, group: str = "g") -> Snapshot:
+    """The mesh with another member of the model's group on some nodes."""
+    replicas = {
+        r: ReplicaRecord(id=r, state=ReplicaState.DRAINING, revision="q", incarnation=1, devices={CPU: 0})
+        for r in (ReplicaId(OTHER, NodeName(n), 0) for n in nodes)
+    }
+    policies = {M: PolicyRecord(policy=Policy(groups=("g",))), OTHER: PolicyRecord(policy=Policy(groups=(group,)))}
+    return replace(SNAPSHOT, policies=policies, replicas={OTHER: replicas})
+
+
+def test_a_plan_that_puts_members_of_a_group_on_one_node_is_refused() -> None:
+    """F37."""
+    with pytest.raises(Conflict, match="holds the model other, which never shares a node with it"):
+        check_placement(replace(PLACEMENT, snapshot=grouped(N)))
+    assert check_placement(replace(PLACEMENT, snapshot=grouped("elsewhere")))
+    assert check_placement(replace(PLACEMENT, snapshot=grouped(N, group="h")))
+
+
+def test_a_plan_for_a_second_replica_of_a_spread_model_on_a_node_is_refused() -> None:
+    """F33."""
+    snapshot = replace(with_replicas(M1), policies={M: PolicyRecord(policy=Policy(spread_all=True))})
+    with pytest.raises(Conflict, match="each node gets one replica"):
+        check_placement(replace(PLACEMENT, snapshot=snapshot))
+    older = {M: {M1: replace(snapshot.replicas[M][M1], revision="before")}}
+    assert check_placement(replace(PLACEMENT, snapshot=replace(snapshot, replicas=older)))
+
+
+def test_a_plan_that_counts_shared_memory_twice_is_refused() -> None:
+    """F9, F27."""
+    gpu = DeviceId("GPU-1")
+    record = DeviceRecord(node=N, id=gpu, kind="gpu", total_bytes=100, budget_bytes=90, unified=True)
+    shared = replace(PLACEMENT, snapshot=replace(SNAPSHOT, devices={N: {**SNAPSHOT.devices[N], gpu: record}}))
+    assert check_placement(replace(shared, devices={gpu: 50}))
+    with pytest.raises(Conflict, match="no room on the device GPU-1"):
+        check_placement(replace(shared, devices={gpu: 51}))
+    with pytest.raises(Conflict, match="no room on the device"):
+        check_placement(replace(shared, devices={CPU: 30, gpu: 30}))
