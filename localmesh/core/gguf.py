@@ -69,6 +69,8 @@ class SkippedArray:
     """Stands for an array that was too long to keep."""
 
     count: int
+    longest: int = 0
+    """Bytes of its longest text; 0 for an array of numbers."""
 
 
 Scalar = int | float | bool | str
@@ -402,9 +404,12 @@ class _Reader:
                 raise GgufError(f"a damaged GGUF header: {what} has {count} elements")
         if count <= _KEPT_ELEMENTS:
             return tuple(self._scalar(kind, key) for _ in range(count))
+        longest = 0
         if kind == _STRING:
             for _ in range(count):
-                self.skip(self.number(_U64, what), what)
+                size = self.number(_U64, what)
+                longest = max(longest, size)
+                self.skip(size, what)
         else:
             self.skip(_SCALARS[kind].size * count, what)
-        return SkippedArray(count)
+        return SkippedArray(count, longest)

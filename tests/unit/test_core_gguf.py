@@ -77,8 +77,10 @@ def test_a_header_gives_the_metadata_and_the_size_of_the_weights() -> None:
 
 
 def test_a_long_array_is_skipped_and_remembered_by_its_length() -> None:
-    header = _read(_file(LLAMA | {"tokenizer.ggml.tokens": ["x"] * 5000, "tokenizer.ggml.scores": list(range(5000))}))
+    tokens = ["x"] * 4999 + ["\u00e9\u00e9"]
+    header = _read(_file(LLAMA | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": list(range(5000))}))
     assert header.metadata["tokenizer.ggml.scores"] == SkippedArray(5000)
+    assert header.metadata["tokenizer.ggml.tokens"] == SkippedArray(5000, longest=4)
     assert header.vocabulary == 5000
 
 

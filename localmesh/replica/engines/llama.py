@@ -36,6 +36,7 @@ from localmesh.replica.engines.base import (
 from localmesh.replica.engines.llama_http import LlamaHttp, LlamaHttpBroken, LlamaHttpError
 from localmesh.replica.engines.preflight import check_cpu_flags
 from localmesh.replica.engines.stderr_capture import StderrCapture
+from localmesh.replica.engines.text_limits import TextLimits, check_count, check_text
 
 _CPUINFO = Path("/proc/cpuinfo")
 _STATM = Path("/proc/self/statm")
@@ -89,6 +90,7 @@ class LlamaEngine:
         self._key = secrets.token_hex(16)
         self._http = LlamaHttp(self._socket, self._key)
         self._vocabulary = 0
+        self._limits = TextLimits(0, 0)
 
     @property
     def name(self) -> str:
@@ -123,6 +125,7 @@ class LlamaEngine:
             except RuntimeError as error:
                 raise _load_failed(self._config.spec, capture.text() or str(error)) from None
         self._vocabulary = plan.header.vocabulary
+        self._limits = TextLimits.of(plan.header, plan.context_tokens)
         self._loaded = _what_it_can(plan)
 
     async def lost(self) -> str:
@@ -140,6 +143,7 @@ class LlamaEngine:
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Piece, None]:
         """See Engine."""
+        self._limits.check(call.prompt)
         body = llama_json.generate_body(call)
         async with aclosing(self._answer("/v1/completions", body, call, "prompt")) as pieces:
             async for piece in pieces:
@@ -147,6 +151,7 @@ class LlamaEngine:
 
     async def chat(self, call: ChatCall) -> AsyncGenerator[Piece, None]:
         """See Engine."""
+        self._limits.check(*(message.content for message in call.messages))
         body = llama_json.chat_body(call)
         async with aclosing(self._answer("/v1/chat/completions", body, call, "messages")) as pieces:
             async for piece in pieces:
@@ -154,6 +159,8 @@ class LlamaEngine:
 
     async def embed(self, inputs: tuple[str | tuple[int, ...], ...]) -> Embeddings:
         """See Engine."""
+        for text in inputs:
+            self._limits.check(text if isinstance(text, str) else "")
         body = {"input": [i if isinstance(i, str) else list(i) for i in inputs]}
         answer = await self._call("POST", "/v1/embeddings", body, field="inputs")
         ordered = sorted(answer["data"], key=lambda d: int(d["index"]))
@@ -164,18 +171,22 @@ class LlamaEngine:
 
     async def tokenize(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         """See Engine."""
+        check_text(text)
         body = {"content": text, "add_special": add_special, "parse_special": True}
         answer = await self._call("POST", "/tokenize", body, field="text")
         return tuple(answer["tokens"])
 
     async def detokenize(self, tokens: tuple[int, ...]) -> str:
         """See Engine."""
+        check_count(tokens)
         self._check_tokens(tokens, "tokens")
         answer = await self._call("POST", "/detokenize", {"tokens": list(tokens)}, field="tokens")
         return str(answer["content"])
 
     async def rerank(self, query: str, documents: tuple[str, ...], top_n: int) -> Ranking:
         """See Engine."""
+        for document in documents:
+            self._limits.check(query, document)
         body = {"query": query, "documents": list(documents), "top_n": top_n or len(documents)}
         answer = await self._call("POST", "/v1/rerank", body, field="documents")
         results = sorted(
@@ -192,6 +203,8 @@ class LlamaEngine:
         llama.cpp gives no log-probabilities of a prompt. So each token of a candidate is forced by a bias, one at a
         time, and its log-probability is taken as it was before the bias; the tokens before it are in the slot's cache.
         """
+        for candidate in candidates:
+            self._limits.check(prompt, candidate)
         start = await self.tokenize(prompt, add_special=True)
         scores = []
         for candidate in candidates:
