@@ -100,7 +100,14 @@ class RegistrySection:
         "folder of YAML files into which each accepted change is written before it is answered, and from "
         "which an empty store is filled",
     )
-    auto_approve: bool = _option(BOOLEAN, True, "let every worker in that can connect")
+    approve: str = _option(
+        CHOICES("auto", "manual"),
+        "auto",
+        "who lets new nodes in: auto, every worker that can connect; manual, an operator (`localmesh node approve`)",
+    )
+    join_token: str = _option(
+        TEXT, "", "secret that new workers must show to be let in; without it an operator must approve them"
+    )
     enrolment_listen: str = _option(TEXT, "", "address for new workers to enrol at; empty: none may")
     ca_dir: Path | None = _option(PATH, None, "folder of the CA that signs enrolled workers")
 
@@ -132,6 +139,7 @@ class WorkerSection:
     served_by: str = _option(
         CHOICES("auto", "on", "off"), "auto", "trailers that name the replica that served; auto: on loopback only"
     )
+    join_token: str = _option(TEXT, "", "the registry's join token, which approves this node")
     join: str = _option(TEXT, "", "enrol with this join token (HOST:PORT/SECRET.PIN) before the first start")
 
 

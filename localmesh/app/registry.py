@@ -53,7 +53,7 @@ async def serve(config: Config) -> AsyncIterator[Ready]:
             keeping.append(refill.run())
         await stack.enter_async_context(beside(*keeping))
         await mirror.loaded()
-        settings = RegistryConfig(auto_approve=own.auto_approve)
+        settings = RegistryConfig(auto_approve=own.approve == "auto", join_token=own.join_token)
         before = refill.ensure if refill is not None else None
         servicer = RegistryServicer(store, mirror, settings, clock, folder=folder, before_register=before)
         server.add(registry_service_pb2_grpc.add_RegistryServiceServicer_to_server, servicer, SERVICE)

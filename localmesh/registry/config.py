@@ -10,7 +10,11 @@ class RegistryConfig:
     """How the registry behaves. Where it listens is the server's."""
 
     auto_approve: bool = True
-    """A node of which nobody has said anything is approved when it registers."""
+    """A node of which nobody has said anything is approved when it registers; unless there is a join token."""
+    join_token: str = field(default="", repr=False)
+    """The secret by which a node is approved when it registers. With one, that is the only way besides an operator."""
+    max_pending: int = 256
+    """Nodes that wait for approval and are remembered at most: whoever reaches the registry may make up names."""
     leases: LeaseTimes = field(default_factory=LeaseTimes)
     """How long a node's presence and its records outlive its last heartbeat."""
     failure_ttl_seconds: int = 60
