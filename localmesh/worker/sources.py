@@ -186,7 +186,11 @@ def _gguf_sizes(spec: ModelSpec, path: Path) -> tuple[int, int]:
         with path.open("rb") as stream:
             header = read_header(stream)
         estimated = estimate(
-            header, context_tokens=spec.context_tokens, slots=spec.slots or 1, cache_type=spec.cache_type
+            header,
+            context_tokens=spec.context_tokens,
+            slots=spec.slots or 1,
+            cache_type=spec.cache_type,
+            embeddings=spec.embeddings,
         )
     except GgufError as error:
         raise SourceProblem(f"{path}: {error}", path=str(path)) from error

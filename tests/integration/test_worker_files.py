@@ -14,6 +14,7 @@ from localmesh.core.ids import ModelName
 from localmesh.core.records import ModelSpec
 from localmesh.rpc.authority import CertificateAuthority
 from localmesh.rpc.errors import ConfigError
+from localmesh.testing import MODELS_FOLDER
 from localmesh.worker import engines
 from localmesh.worker.identity import certificate_identity, certificate_request, load_or_create
 from localmesh.worker.launch import ReplicaFolder
@@ -97,6 +98,14 @@ def test_sentence_weights_are_estimated_from_their_size(tmp_path: Path) -> None:
     (tmp_path / "m/model.safetensors").write_bytes(b"x" * 1000)
     found = facts(item("m", "minilm"), models_dir=tmp_path)
     assert (found.present, found.weights_bytes, found.memory_bytes) == (True, 1000, 1200 + 60 * MIB)
+
+
+def test_a_text_model_that_makes_vectors_is_estimated_as_one() -> None:
+    """F29: batches of whole texts are what embeddings compute."""
+    text = facts(item("tiny.gguf", context_tokens=512), models_dir=MODELS_FOLDER)
+    vectors = facts(item("tiny.gguf", context_tokens=512, embeddings=True), models_dir=MODELS_FOLDER)
+    assert text.memory_bytes > 0
+    assert vectors.memory_bytes != text.memory_bytes
 
 
 def test_a_file_that_is_no_gguf_is_not_present_and_says_why(tmp_path: Path) -> None:
