@@ -1,14 +1,14 @@
 """Commands that look at the mesh and change what it is to run."""
 
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from localmesh.app.exits import Exit
 from localmesh.cli import output, tables
 from localmesh.cli.arguments import model_and_index
-from localmesh.cli.connection import Command, Connection, connect
+from localmesh.cli.connection import Command, Connection, connect, pages
 from localmesh.cli.tables import Column
 from localmesh.core.errors import InvalidRequest
 from localmesh.rpc import manifest
@@ -21,7 +21,7 @@ _MANIFEST_SUFFIXES = (".yaml", ".yml")
 
 async def apply(command: Command) -> int:
     """`apply -f FILE`: declare models."""
-    wanted = [found for source in command.arguments.file for found in _manifests(source)]
+    wanted = [found for source in command.arguments.file for found in manifests(source)]
     results = []
     async with connect(command.config) as mesh:
         for spec, policy in wanted:
@@ -29,7 +29,7 @@ async def apply(command: Command) -> int:
             response = await mesh.registry.ApplyModel(request, timeout=command.timeout)
             results.append(response)
             if not command.json:
-                outcome = _word(registry.ApplyOutcome.Name(response.outcome), "APPLY_OUTCOME_")
+                outcome = tables.word(registry.ApplyOutcome.Name(response.outcome), "APPLY_OUTCOME_")
                 dry = " (dry run)" if command.arguments.dry_run else ""
                 output.write_line(f"model {response.model.spec.name} {outcome}{dry}")
     if command.json:
@@ -57,7 +57,7 @@ async def models(command: Command) -> int:
     if command.arguments.model:
         return await _one_model(command, command.arguments.model)
     async with connect(command.config) as mesh:
-        found = [m async for m in _pages(mesh.registry.ListModels, registry.ListModelsRequest, "models", command)]
+        found = [m async for m in pages(mesh.registry.ListModels, registry.ListModelsRequest, "models", command)]
         if command.json:
             output.print_message(registry.ListModelsResponse(models=found))
             return Exit.OK
@@ -78,34 +78,6 @@ async def models(command: Command) -> int:
             ]
         )
     output.write_line(tables.render(columns, rows) if rows else "no models; declare one with `localmesh apply -f FILE`")
-    return Exit.OK
-
-
-async def nodes(command: Command) -> int:
-    """`nodes`: list nodes."""
-    async with connect(command.config) as mesh:
-        found = [n async for n in _pages(mesh.registry.ListNodes, registry.ListNodesRequest, "nodes", command)]
-    if command.json:
-        output.print_message(registry.ListNodesResponse(nodes=found))
-        return Exit.OK
-    columns = [
-        *(Column("NODE"), Column("STATE"), Column("ENDPOINT"), Column("DEVICE"), Column("CLAIMED", right=True)),
-        *(Column("BUDGET", right=True), Column("FREE", right=True), Column("CPU LOAD", right=True), Column("ENGINES")),
-    ]
-    rows: list[list[str]] = []
-    for node in found:
-        engines = ",".join(e.name for e in node.engines if e.available)
-        load = f"{100 * node.cpu_load:.0f} %" if node.HasField("cpu_load") else ""
-        head = [node.name, _word(types.NodeState.Name(node.state), "NODE_STATE_"), node.endpoint]
-        for number, device in enumerate(node.devices or [types.Device()]):
-            free = tables.size(device.free_bytes) if device.HasField("free_bytes") else ""
-            memory = [tables.size(device.claimed_bytes), tables.size(device.budget_bytes)] if device.id else ["", ""]
-            name = device.name if device.kind == "gpu" and device.name else device.id
-            first = number == 0
-            rows.append([*(head if first else (" ",) * 3), name, *memory, free, *((load, engines) if first else "  ")])
-    output.write_line(tables.render(columns, rows) if rows else "no nodes; start one with `localmesh worker`")
-    for note in _engine_notes(found):
-        output.write_line(note)
     return Exit.OK
 
 
@@ -179,22 +151,30 @@ async def _one_model(command: Command, name: str) -> int:
         output.print_message(found)
         return Exit.OK
     spec, policy = found.model.spec, found.model.policy
-    rollout = _word(types.Rollout.Name(policy.rollout), "ROLLOUT_")
+    rollout = tables.word(types.Rollout.Name(policy.rollout), "ROLLOUT_")
     selector = ",".join(f"{k}={v}" for k, v in sorted(policy.node_selector.items()))
+    count = f"at least {policy.min_replicas}, at most {policy.max_replicas or 'as many as the nodes take'}"
     for title, text in (
         ("model", spec.name),
         ("backend", spec.backend),
         ("source", spec.source),
         ("revision", found.model.revision),
-        ("replicas", f"at least {policy.min_replicas}, at most {policy.max_replicas or 'as many as the nodes take'}"),
+        ("replicas", "one on every node that matches" if policy.spread_all else count),
         ("rollout", "overlap" if rollout == "unspecified" else rollout),
         *((("selector", selector),) if selector else ()),
+        *(("selector", _term(term)) for term in policy.selector_terms),
+        *((("groups", ", ".join(policy.groups)),) if policy.groups else ()),
         *(("failure", f"on {failure.node}: {failure.reason}: {failure.message}") for failure in found.failures),
     ):
         output.write_line(f"{title:<11} {text}")
     if found.replicas:
         output.write_line("\n" + _replica_table(found.replicas))
     return Exit.OK
+
+
+def _term(term: types.SelectorTerm) -> str:
+    operator = tables.word(types.SelectorOperator.Name(term.operator), "SELECTOR_OPERATOR_").replace("_", " ")
+    return " ".join([term.key, operator, *([f"({', '.join(term.values)})"] if term.values else [])])
 
 
 def _replica_table(found: Iterable[types.Replica]) -> str:
@@ -204,7 +184,7 @@ def _replica_table(found: Iterable[types.Replica]) -> str:
     ]
     rows = []
     for replica in found:
-        state = _word(types.ReplicaState.Name(replica.state), "REPLICA_STATE_")
+        state = tables.word(types.ReplicaState.Name(replica.state), "REPLICA_STATE_")
         if replica.state == types.REPLICA_STATE_READY and not replica.routable:
             state += " (not routable)"
         elif replica.progress.total_bytes:
@@ -219,34 +199,14 @@ def _replica_table(found: Iterable[types.Replica]) -> str:
     return tables.render(columns, rows)
 
 
-def _engine_notes(found: Iterable[types.Node]) -> list[str]:
-    notes: dict[str, list[str]] = {}
-    for node in found:
-        for engine in node.engines:
-            if not engine.available and engine.detail:
-                notes.setdefault(f"{engine.name}: {engine.detail}", []).append(node.name)
-    return [f"{note} ({', '.join(names)})" for note, names in notes.items()]
-
-
 async def _replicas(mesh: Connection, command: Command, *, model: str = "", node: str = "") -> list[types.Replica]:
     def request(**page: Any) -> registry.ListReplicasRequest:
         return registry.ListReplicasRequest(model=model, node=node, **page)
 
-    return [r async for r in _pages(mesh.registry.ListReplicas, request, "replicas", command)]
+    return [r async for r in pages(mesh.registry.ListReplicas, request, "replicas", command)]
 
 
-async def _pages(call: Any, request: Callable[..., Any], field: str, command: Command) -> AsyncIterator[Any]:
-    token = ""
-    while True:
-        page = await call(request(page_token=token, page_size=1000), timeout=command.timeout)
-        for item in getattr(page, field):
-            yield item
-        token = page.next_page_token
-        if not token:
-            return
-
-
-def _manifests(source: str) -> Iterable[manifest.Declared]:
+def manifests(source: str) -> Iterable[manifest.Declared]:
     """Read the models of a file, of all YAML files of a folder, or of stdin ("-")."""
     if source == "-":
         return manifest.parse_models(sys.stdin.buffer.read(), origin="stdin")
@@ -259,7 +219,3 @@ def _manifests(source: str) -> Iterable[manifest.Declared]:
     if not texts:
         raise InvalidRequest(f"there is no .yaml file in the folder {source}", field="file")
     return [found for origin, text in texts for found in manifest.parse_models(text, origin=origin)]
-
-
-def _word(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).lower()

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from localmesh import __version__
 from localmesh.app.exits import MEANING
-from localmesh.cli import commands_admin, commands_inference, commands_run
+from localmesh.cli import commands_admin, commands_inference, commands_nodes, commands_run
 from localmesh.cli.arguments import add_settings, keys_of
 from localmesh.cli.connection import Command
 
@@ -87,7 +87,9 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     delete.add_argument("model", nargs="+", metavar="MODEL")
     models = _add(commands, "models", commands_admin.models, "list models, or tell all of one")
     models.add_argument("model", nargs="?", metavar="MODEL")
-    _add(commands, "nodes", commands_admin.nodes, "list nodes with their devices and engines")
+    nodes = _add(commands, "nodes", commands_nodes.nodes, "list nodes with their devices and engines")
+    nodes.add_argument("-w", "--wide", action="store_true", help="with labels and keys")
+    _add_node(commands)
     replicas = _add(commands, "replicas", commands_admin.replicas, "list replicas")
     replicas.add_argument("model", nargs="?", metavar="MODEL")
     replicas.add_argument("--node", metavar="NODE", help="only on this node")
@@ -99,6 +101,35 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     logs.add_argument("--node", metavar="NODE", help="only on this node")
     logs.add_argument("-t", "--timestamps", action="store_true", help="with the time of each line")
     logs.add_argument("--tail", type=int, default=100, metavar="N", help="last lines of each replica [100]")
+
+
+def _add_node(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    node = commands.add_parser("node", help="care for a node: approve, cordon, drain, label, ...")
+    verbs = node.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, help_text in commands_nodes.VERBS.items():
+        parser = _add(verbs, verb, commands_nodes.change, help_text)
+        parser.add_argument("node", nargs="+", metavar="NODE")
+        if verb == "approve":
+            parser.add_argument("--key", metavar="SHA256", help="fingerprint of the key that is approved and no other")
+        if verb == "remove":
+            parser.add_argument("--force", action="store_true", help="also while it has replicas")
+    label = _add(verbs, "label", commands_nodes.label, "set and remove labels that win over the worker's")
+    label.add_argument("node", metavar="NODE")
+    label.add_argument("label", nargs="+", metavar="KEY=VALUE|KEY-", help="set a label, or remove it")
+    override = _add(verbs, "override", commands_nodes.override, "say how much of a node may be used")
+    override.add_argument("node", metavar="NODE")
+    override.add_argument("--max-replicas-per-model", type=int, metavar="N", help="replicas of one model")
+    override.add_argument(
+        "--memory-budget",
+        action="append",
+        metavar="[DEVICE=]SIZE",
+        help="memory that replicas may claim, as 80%%, 12GiB or bytes: of one device, or of each; repeatable",
+    )
+    override.add_argument(
+        "--reset",
+        choices=("all", "max-replicas-per-model", "memory-budget"),
+        help="let the worker's word hold again",
+    )
 
 
 def _add_inference(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

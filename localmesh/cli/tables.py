@@ -50,6 +50,11 @@ def count(number: int, singular: str) -> str:
     return f"{number} {singular}{'' if number == 1 else 's'}"
 
 
+def word(name: str, prefix: str) -> str:
+    """Return the name of an enum's value as a person reads it: `NODE_STATE_LIVE` is `live`."""
+    return name.removeprefix(prefix).lower()
+
+
 def _printable(text: str) -> str:
     # What others named must not move the cursor of whoever looks at it.
     return "".join(char if char.isprintable() else "?" for char in text)

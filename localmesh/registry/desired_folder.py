@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
+from localmesh.core.budgets import budget_bytes
 from localmesh.core.errors import InternalError, InvalidSpec
 from localmesh.core.ids import ModelName, NodeName, node_name
 from localmesh.core.records import ApprovalRecord, ModelSpec, Policy
@@ -77,9 +78,7 @@ class DesiredFolder:
         Raises:
             InternalError: It could not be removed.
         """
-        with self._explained("write to"):
-            (self._models / f"{model}{_SUFFIX}").unlink(missing_ok=True)
-            _sync_folder(self._models)
+        self._remove(self._models / f"{model}{_SUFFIX}")
 
     def save_approval(self, node: NodeName, approval: ApprovalRecord) -> None:
         """Keep what was said of a node.
@@ -97,10 +96,20 @@ class DesiredFolder:
                 "cordoned": approval.cordoned,
                 "draining": approval.draining,
                 "labels": dict(sorted(approval.labels.items())),
+                "max_replicas_per_model": approval.max_replicas_per_model,
+                "memory_budgets": dict(sorted(approval.memory_budgets.items())),
             },
             sort_keys=False,
         )
         self._write(self._nodes / f"{node}{_SUFFIX}", text)
+
+    def remove_approval(self, node: NodeName) -> None:
+        """Forget what was said of a node; nothing said is fine.
+
+        Raises:
+            InternalError: It could not be removed.
+        """
+        self._remove(self._nodes / f"{node}{_SUFFIX}")
 
     def models(self) -> list[tuple[ModelSpec, Policy]]:
         """Return the models by name.
@@ -121,6 +130,11 @@ class DesiredFolder:
             texts = [(path, path.read_bytes()[: _MAX_BYTES + 1]) for path in files]
         for path, text in texts:
             yield read(path, text)
+
+    def _remove(self, path: Path) -> None:
+        with self._explained("write to"):
+            path.unlink(missing_ok=True)
+            _sync_folder(path.parent)
 
     def _write(self, path: Path, text: str) -> None:
         unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
@@ -172,17 +186,30 @@ def _read_approval(path: Path, text: bytes) -> tuple[NodeName, ApprovalRecord]:
     if not isinstance(found, dict) or found.get("kind") != "Approval" or found.get("apiVersion") != API_VERSION:
         raise _refused(path, f"expected apiVersion: {API_VERSION} and kind: Approval")
     flags = {name: found.get(name, False) for name in ("approved", "cordoned", "draining")}
-    labels, key, node = found.get("labels") or {}, found.get("key_fingerprint"), str(found.get("node"))
+    labels, key, node = _texts(path, found, "labels"), found.get("key_fingerprint"), str(found.get("node"))
+    budgets, slots = _texts(path, found, "memory_budgets"), found.get("max_replicas_per_model", 0)
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise _refused(path, "approved, cordoned and draining are true or false")
-    if not isinstance(labels, dict) or not all(isinstance(x, str) for pair in labels.items() for x in pair):
-        raise _refused(path, "labels are names with values, as text")
+    if type(slots) is not int or not 0 <= slots < 1 << 31:
+        raise _refused(path, "max_replicas_per_model is a number, 0 where the worker's word holds")
     if not isinstance(key, str) or f"{node}{_SUFFIX}" != path.name:
         raise _refused(path, "key_fingerprint is text, and node is what the file is called after")
     try:
-        return node_name(node), ApprovalRecord(key_fingerprint=key, labels=labels, **flags)
+        for budget in budgets.values():
+            budget_bytes(budget, total_bytes=0)
+        approval = ApprovalRecord(
+            key_fingerprint=key, labels=labels, max_replicas_per_model=slots, memory_budgets=budgets, **flags
+        )
+        return node_name(node), approval
     except ValueError as error:
         raise _refused(path, str(error)) from None
+
+
+def _texts(path: Path, found: dict[str, Any], field: str) -> dict[str, str]:
+    texts = found.get(field) or {}
+    if not isinstance(texts, dict) or not all(isinstance(x, str) for pair in texts.items() for x in pair):
+        raise _refused(path, f"{field} are names with values, as text")
+    return texts
 
 
 def _refused(path: Path, problem: str) -> InvalidSpec:

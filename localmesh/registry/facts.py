@@ -30,7 +30,13 @@ _MAX_LOAD = 1e6
 
 
 def registration(
-    request: pb.RegisterRequest, *, fingerprint: str, auto_approve: bool, budget_part: float
+    request: pb.RegisterRequest,
+    *,
+    fingerprint: str,
+    auto_approve: bool,
+    budget_part: float,
+    vouched: bool = False,
+    remember: bool = True,
 ) -> Registration:
     """Return what a worker tells when it registers.
 
@@ -39,6 +45,8 @@ def registration(
         fingerprint: Of the key that it holds.
         auto_approve: Whether to approve a node that nobody knows.
         budget_part: Part of a device's memory that may be claimed where the worker does not say.
+        vouched: Whether it has shown the mesh's join token.
+        remember: Whether to keep that it waits, if it does.
 
     Raises:
         InvalidRequest: A field is not acceptable.
@@ -51,13 +59,15 @@ def registration(
         key_fingerprint=fingerprint,
         endpoint=_endpoint(facts.endpoint, "facts.endpoint"),
         devices=_devices(facts.devices, budget_part),
-        labels=_labels(facts.labels),
+        labels=checked_labels(facts.labels, "facts.labels"),
         engines=_engines(facts),
         max_replicas_per_model=facts.max_replicas_per_model or 1,
         running=tuple(_running(node, request.running)),
         disk_total_bytes=max(0, facts.disk_total_bytes),
         version=_text(facts.version, "facts.version", most=_MAX_NAME),
         auto_approve=auto_approve,
+        vouched=vouched,
+        remember=remember,
     )
 
 
@@ -194,15 +204,29 @@ def _running(node: NodeName, messages: Iterable[pb.ReplicaReport]) -> Iterable[R
             )
 
 
-def _labels(labels: Mapping[str, str]) -> Mapping[str, str]:
+def checked_labels(labels: Mapping[str, str], field: str) -> Mapping[str, str]:
+    """Return labels from outside, sorted.
+
+    Raises:
+        InvalidRequest: There are too many, or a name or value is not acceptable.
+    """
     if len(labels) > _MAX_ITEMS:
-        raise InvalidRequest(f"a node has at most {_MAX_ITEMS} labels", field="facts.labels")
+        raise InvalidRequest(f"a node has at most {_MAX_ITEMS} labels", field=field)
     for key, value in labels.items():
-        if not key:
-            raise InvalidRequest("a label has no name", field="facts.labels")
-        _text(key, "facts.labels", most=_MAX_NAME)
-        _text(value, "facts.labels", most=_MAX_TEXT)
+        label_name(key, field)
+        _text(value, field, most=_MAX_TEXT)
     return MappingProxyType(dict(sorted(labels.items())))
+
+
+def label_name(key: str, field: str) -> str:
+    """Return the name of a label from outside.
+
+    Raises:
+        InvalidRequest: It cannot be one.
+    """
+    if not key:
+        raise InvalidRequest("a label has no name", field=field)
+    return _text(key, field, most=_MAX_NAME)
 
 
 def _sizes(sizes: Mapping[str, int], field: str) -> Mapping[DeviceId, int]:

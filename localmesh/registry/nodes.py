@@ -7,17 +7,25 @@ from collections.abc import AsyncIterator
 from google.protobuf.duration_pb2 import Duration
 
 from localmesh.core.clock import Clock
-from localmesh.core.errors import IncarnationLost, InvalidRequest, NodeNameTaken, PermissionDenied, StoreUnavailable
+from localmesh.core.errors import (
+    IncarnationLost,
+    InvalidRequest,
+    JoinTokenInvalid,
+    NodeNameTaken,
+    NodePending,
+    PermissionDenied,
+    StoreUnavailable,
+)
 from localmesh.core.ids import NodeName
 from localmesh.core.records import NodeRecord
 from localmesh.core.snapshot import Snapshot
 from localmesh.registry import facts
+from localmesh.registry.approvals import Approvals
 from localmesh.registry.config import RegistryConfig
-from localmesh.registry.desired_folder import DesiredFolder
 from localmesh.registry.heartbeat import Send, Surroundings, WorkerStream
 from localmesh.registry.written import Predicate, shown
 from localmesh.rpc.convert import node_name_of, node_names, node_to_proto, replica_ref
-from localmesh.rpc.identity import Identity, require_node
+from localmesh.rpc.identity import Identity, require_node, same_secret
 from localmesh.rpc.paging import page
 from localmesh.store.mesh import MeshStore
 from localmesh.store.mirror import Mirror
@@ -32,13 +40,13 @@ class Nodes:
     """The calls of workers, and the list of nodes."""
 
     def __init__(
-        self, *, store: MeshStore, mirror: Mirror, config: RegistryConfig, clock: Clock, folder: DesiredFolder | None
+        self, *, store: MeshStore, mirror: Mirror, config: RegistryConfig, clock: Clock, approvals: Approvals
     ) -> None:
         self._store = store
         self._mirror = mirror
         self._config = config
         self._clock = clock
-        self._folder = folder
+        self._approvals = approvals
 
     async def register(self, request: pb.RegisterRequest, identity: Identity | None) -> pb.RegisterResponse:
         """Make a worker a node (T0).
@@ -50,6 +58,7 @@ class Nodes:
         Raises:
             InvalidRequest: A field is not acceptable.
             PermissionDenied: The certificate is another node's, or of another key.
+            JoinTokenInvalid: It has shown a token, and that is not the mesh's.
             NodePending: Nobody has approved the node.
             NodeNameTaken: The name belongs to another key.
             StoreUnavailable: etcd does not answer.
@@ -61,17 +70,21 @@ class Nodes:
         asked = facts.registration(
             request,
             fingerprint=fingerprint,
-            auto_approve=self._config.auto_approve,
+            auto_approve=self._config.auto_approve and not self._config.join_token,
             budget_part=self._config.budget_part,
+            vouched=self._vouched(request, fingerprint),
+            remember=self._may_remember(),
         )
         try:
             registered = await self._store.register(asked, self._config.leases)
         except NodeNameTaken:
             logger.warning("somebody with the key %s wanted to be the node %s", fingerprint[:16], asked.node)
             raise
-        visible = await self._shown(lambda snapshot: _present(snapshot, asked.node, registered.incarnation) is not None)
-        if visible:
-            await self._keep_approval(asked.node)
+        except NodePending:
+            logger.info("the node %s with the key %s waits for approval", asked.node, fingerprint[:16])
+            raise
+        await self._shown(lambda snapshot: _present(snapshot, asked.node, registered.incarnation) is not None)
+        await self._approvals.keep(asked.node)
         logger.info(
             "%s registered as incarnation %x: %d adopted, %d to stop",
             asked.node,
@@ -160,11 +173,23 @@ class Nodes:
             )
         raise IncarnationLost(f"The registration of the node {node} has ended. Register again.", node=node)
 
-    async def _keep_approval(self, node: NodeName) -> None:
-        """Keep the key that a name is bound to, also where the store forgets it."""
-        approval = self._mirror.snapshot.approvals.get(node)
-        if self._folder is not None and approval is not None:
-            await self._folder.in_order(self._folder.save_approval, node, approval)
+    def _vouched(self, request: pb.RegisterRequest, fingerprint: str) -> bool:
+        """Whether a newcomer shows the mesh's join token. Of a node that is approved nobody asks: tokens change.
+
+        Raises:
+            JoinTokenInvalid: It shows another one.
+        """
+        known = self._mirror.snapshot.approvals.get(NodeName(request.node))
+        settled = known is not None and known.approved and known.key_fingerprint == fingerprint
+        if not self._config.join_token or not request.join_token or settled:
+            return False
+        if not same_secret(request.join_token, self._config.join_token):
+            raise JoinTokenInvalid("the join token is wrong: ask the operator of the mesh for the present one")
+        return True
+
+    def _may_remember(self) -> bool:
+        pending = sum(1 for approval in self._mirror.snapshot.approvals.values() if not approval.approved)
+        return pending < self._config.max_pending
 
     async def _shown(self, predicate: Predicate) -> bool:
         return await shown(self._mirror, predicate, within_seconds=self._config.write_seen_seconds, clock=self._clock)

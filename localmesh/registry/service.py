@@ -7,11 +7,13 @@ from typing import Any, Final
 
 from localmesh.core.clock import Clock
 from localmesh.core.errors import Conflict
+from localmesh.registry.approvals import Approvals
 from localmesh.registry.config import RegistryConfig
 from localmesh.registry.desired_folder import DesiredFolder
 from localmesh.registry.heartbeat import Surroundings
 from localmesh.registry.models import Models
 from localmesh.registry.nodes import Nodes
+from localmesh.registry.oversight import Oversight
 from localmesh.registry.wanted import ViewCache
 from localmesh.rpc.identity import peer_identity
 from localmesh.store.mesh import MeshStore
@@ -52,7 +54,9 @@ class RegistryServicer(RegistryServiceServicer):
                 it, because what a worker runs is stopped when its model is not there.
         """
         self._models = Models(store=store, mirror=mirror, config=config, clock=clock, folder=folder)
-        self._nodes = Nodes(store=store, mirror=mirror, config=config, clock=clock, folder=folder)
+        approvals = Approvals(store=store, folder=folder)
+        self._nodes = Nodes(store=store, mirror=mirror, config=config, clock=clock, approvals=approvals)
+        self._oversight = Oversight(approvals=approvals, mirror=mirror, config=config, clock=clock)
         self._before_register = before_register
         self._closing = asyncio.Event()
         self._around = Surroundings(
@@ -86,6 +90,46 @@ class RegistryServicer(RegistryServiceServicer):
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: Any) -> pb.ListReplicasResponse:  # noqa: ARG002
         """See the protocol."""
         return self._models.list_replicas(request)
+
+    async def ApproveNode(self, request: pb.ApproveNodeRequest, context: Any) -> pb.ApproveNodeResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.approve(request)
+
+    async def CordonNode(self, request: pb.CordonNodeRequest, context: Any) -> pb.CordonNodeResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.cordon(request)
+
+    async def UncordonNode(self, request: pb.UncordonNodeRequest, context: Any) -> pb.UncordonNodeResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.uncordon(request)
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.drain(request)
+
+    async def ResumeNode(self, request: pb.ResumeNodeRequest, context: Any) -> pb.ResumeNodeResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.resume(request)
+
+    async def RemoveNode(self, request: pb.RemoveNodeRequest, context: Any) -> pb.RemoveNodeResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.remove(request)
+
+    async def SetNodeLabels(self, request: pb.SetNodeLabelsRequest, context: Any) -> pb.SetNodeLabelsResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.set_labels(request)
+
+    async def SetNodeOverrides(self, request: pb.SetNodeOverridesRequest, context: Any) -> pb.SetNodeOverridesResponse:  # noqa: ARG002
+        """See the protocol."""
+        return await self._oversight.set_overrides(request)
+
+    async def ResetNodeOverrides(
+        self,
+        request: pb.ResetNodeOverridesRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.ResetNodeOverridesResponse:
+        """See the protocol."""
+        return await self._oversight.reset_overrides(request)
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:
         """See the protocol."""

@@ -4,6 +4,7 @@ A certificate of the mesh names its holder by a URI, "localmesh://MESH/ROLE/NAME
 below; a servicer checks what only the request shows (that a node speaks for itself) with `require_node`.
 """
 
+import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,6 +67,12 @@ def key_fingerprint(public_key_der: bytes) -> str:
     return sha256(public_key_der).hexdigest()
 
 
+def same_secret(given: str, expected: str) -> bool:
+    """Whether a secret is the expected one. Takes as long for a wrong one as for a right one; an empty one never is."""
+    digests = (sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (given, expected))
+    return hmac.compare_digest(*digests) and bool(expected)
+
+
 def peer_identity(context: Any) -> Identity | None:
     """Return who calls, from the certificate of the connection; None without TLS or without a name of a mesh."""
     auth = context.auth_context()
@@ -109,7 +116,10 @@ _EVERY_ROLE: Final = ROLES
 _READERS: Final = frozenset({"operator", "client", "router", "node", "registry"})
 
 _NODE_METHODS: Final = ("Register", "Heartbeat", "Deregister")
-_OPERATOR_METHODS: Final = ("ApplyModel", "DeleteModel")
+_OPERATOR_METHODS: Final = (
+    *("ApplyModel", "DeleteModel", "ApproveNode", "CordonNode", "UncordonNode", "DrainNode", "ResumeNode"),
+    *("RemoveNode", "SetNodeLabels", "SetNodeOverrides", "ResetNodeOverrides"),
+)
 _REGISTRY: Final = "/localmesh.v1.RegistryService/"
 
 REGISTRY_METHODS: Final[Mapping[str, frozenset[str]]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
-from localmesh.core.errors import Conflict, IncarnationLost, InternalError, InvalidRequest, MeshError
+from localmesh.core.errors import Conflict, IncarnationLost, InternalError, InvalidRequest, MeshError, NodePending
 from localmesh.core.ids import ModelName, NodeName, ReplicaId
 from localmesh.core.records import MeasuredRecord, NodeRecord, ReplicaRecord, SourceRecord
 from localmesh.core.snapshot import Snapshot
@@ -16,6 +16,7 @@ from localmesh.etcd import KeyValue, LeaseExpired
 from localmesh.etcd import transactions as t
 from localmesh.store import codec
 from localmesh.store.access import MAX_OPERATIONS, LeaseGone, StoreAccess, new_token, unsettled
+from localmesh.store.admission import waiting
 from localmesh.store.builder import Complaints, SnapshotBuilder
 from localmesh.store.errors import translated
 from localmesh.store.keys import Table
@@ -94,6 +95,8 @@ class Membership(StoreAccess):
         An unknown outcome of the last transaction is settled by the lease of `nodes/<node>`; of earlier ones by
         reading and deciding anew.
 
+        Of a node that nobody has approved, its key is kept, for an operator to approve.
+
         Raises:
             NodePending: Nobody has approved the node.
             NodeNameTaken: The name belongs to another key.
@@ -105,7 +108,11 @@ class Membership(StoreAccess):
             raise InvalidRequest(f"A node has at most {MAX_DEVICES} devices.", field="devices")
         times = times or LeaseTimes()
         read = await self._read_node(reg.node)
-        plan_registration(reg, read.view, incarnation=0, token="")  # refuses before anything is granted
+        try:
+            plan_registration(reg, read.view, incarnation=0, token="")  # refuses before anything is granted
+        except NodePending:
+            await self._remember(reg, read)
+            raise
         record_lease = await self.grant(times.record_seconds)
         presence = await self.grant(times.presence_seconds)
         try:
@@ -122,6 +129,21 @@ class Membership(StoreAccess):
             adopted=plan.adopted,
             stop=plan.stop,
         )
+
+    async def _remember(self, reg: Registration, read: _Read) -> None:
+        """Keep for operators that a node waits, and with which key.
+
+        IF the approval is as read THEN put it. Whoever said something meanwhile is heard when the node asks again; an
+        unknown outcome does not matter for the same reason.
+        """
+        known = read.view.approvals.get(reg.node)
+        record = waiting(reg.key_fingerprint, known)
+        if record == known or not reg.remember:
+            return
+        key = self.keys.approval(reg.node)
+        message = codec.fresh(pb.Approval, read.value_of(key))
+        codec.fill_approval(message, record)
+        await self.commit([read.unchanged(key)], [t.put(key, codec.encode(message))], settle=unsettled)
 
     async def _register(
         self, reg: Registration, read: _Read, presence: int, record_lease: int
@@ -167,11 +189,17 @@ class Membership(StoreAccess):
         message = pb.Replica()
         codec.fill_replica(message, record)
         policy = view.policies.get(model)
-        compare = (
+        compare: tuple[t.Compare, ...] = (
             t.create(keys.replica(record.id)) == 0,
             t.mod(keys.model(model)) == view.models[model].mod_revision,
             t.mod(keys.policy(model)) == (policy.mod_revision if policy is not None else 0),
             t.create(keys.replicas(model), prefix=True) < view.revision + 1,
+            # Who else is in its groups; those who came to this node meanwhile have written a device: see register.
+            *(
+                [t.mod(keys.table(Table.POLICIES), prefix=True) < view.revision + 1]
+                if view.policy(model).groups
+                else []
+            ),
         )
         return _Step(compare, (t.put(keys.replica(record.id), codec.encode(message), record_lease),))
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from localmesh.core.errors import NodeNameTaken, NodePending
-from localmesh.core.ids import DeviceId, NodeName, ReplicaId
+from localmesh.core.budgets import with_budget
+from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId
+from localmesh.core.memory import left_bytes
 from localmesh.core.records import (
     ApprovalRecord,
     DeviceRecord,
@@ -17,6 +18,7 @@ from localmesh.core.records import (
     ReplicaState,
 )
 from localmesh.core.snapshot import Snapshot
+from localmesh.store.admission import admit
 
 _NO_TEXT: Mapping[str, str] = MappingProxyType({})
 
@@ -29,6 +31,7 @@ class DeviceFacts:
     kind: str
     total_bytes: int
     budget_bytes: int
+    """What replicas may claim by the worker's own word."""
     name: str = ""
     unified: bool = False
 
@@ -64,7 +67,11 @@ class Registration:
     disk_total_bytes: int = 0
     version: str = ""
     auto_approve: bool = False
-    """Approve the node in the same transaction if nobody has said anything of it yet."""
+    """Approve the node in the same transaction if nobody has said yet whether it may come in."""
+    vouched: bool = False
+    """It has shown the mesh's join token: approve it in the same transaction also if it waits."""
+    remember: bool = True
+    """Keep, for operators to see, that it waits if it is pending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +119,10 @@ def plan_registration(reg: Registration, view: Snapshot, *, incarnation: int, to
         NodePending: Nobody has approved the node.
         NodeNameTaken: The name belongs to another key.
     """
-    approval = _admit(reg, view)
+    known_approval = view.approvals.get(reg.node)
+    approval = admit(
+        reg.node, reg.key_fingerprint, known_approval, auto_approve=reg.auto_approve, vouched=reg.vouched
+    )
     running = {r.id: r for r in reg.running if r.id.node == reg.node}
     records = {record.id: record for record in view.all_replicas() if record.id.node == reg.node}
     kept = tuple(
@@ -122,7 +132,7 @@ def plan_registration(reg: Registration, view: Snapshot, *, incarnation: int, to
     )
     kept_ids = {record.id for record in kept}
     deleted = tuple(replica for replica in records if replica not in kept_ids)
-    room = _Room(reg, view, kept, deleted)
+    room = _Room(reg, approval, view, kept, deleted)
     created = []
     for replica in running.values():
         if replica.id in records:
@@ -134,35 +144,15 @@ def plan_registration(reg: Registration, view: Snapshot, *, incarnation: int, to
     adopted = tuple(r.id for r in known if r.state is not ReplicaState.UNLOADING)
     facts = {device.id: device for device in reg.devices}
     return RegistrationPlan(
-        approval=approval,
+        approval=approval if approval != known_approval else None,
         kept=kept,
         created=tuple(created),
         deleted=deleted,
-        devices=tuple(_device(reg.node, device, known) for device in facts.values()),
+        devices=tuple(_device(reg.node, device, known, approval.memory_budgets) for device in facts.values()),
         gone_devices=tuple(device for device in view.devices.get(reg.node, {}) if device not in facts),
         adopted=adopted,
         stop=tuple(r.id for r in reg.running if r.id not in set(adopted)),
     )
-
-
-def _admit(reg: Registration, view: Snapshot) -> ApprovalRecord | None:
-    """Return the approval to write, or None if the present one stays."""
-    approval = view.approvals.get(reg.node)
-    if approval is None:
-        if not reg.auto_approve:
-            raise NodePending(f"The node {reg.node} waits for approval by an operator.", node=reg.node)
-        return ApprovalRecord(key_fingerprint=reg.key_fingerprint)
-    if not approval.key_fingerprint and reg.auto_approve:
-        # An operator has said something of a node that had never been seen, such as a cordon: that stays.
-        return replace(approval, key_fingerprint=reg.key_fingerprint)
-    if approval.key_fingerprint != reg.key_fingerprint:
-        raise NodeNameTaken(
-            f"The node name {reg.node} belongs to another key. Give this node another name, or remove the other one.",
-            node=reg.node,
-        )
-    if not approval.approved:
-        raise NodePending(f"The node {reg.node} waits for approval by an operator.", node=reg.node)
-    return None
 
 
 def _continued(record: ReplicaRecord, process: RunningReplica, incarnation: int) -> ReplicaRecord:
@@ -203,15 +193,20 @@ class _Room:
     """What there is left for records that are made again, by the same limits as for a placement."""
 
     def __init__(
-        self, reg: Registration, view: Snapshot, kept: tuple[ReplicaRecord, ...], deleted: tuple[ReplicaId, ...]
+        self,
+        reg: Registration,
+        approval: ApprovalRecord,
+        view: Snapshot,
+        kept: tuple[ReplicaRecord, ...],
+        deleted: tuple[ReplicaId, ...],
     ) -> None:
         self._view = view
-        self._slots = reg.max_replicas_per_model
-        self._free = {device.id: device.budget_bytes for device in reg.devices}
-        for record in kept:
-            for device, size in record.devices.items():
-                if device in self._free:
-                    self._free[device] -= size
+        self._slots = approval.max_replicas_per_model or reg.max_replicas_per_model
+        self._budgets = approval.memory_budgets
+        self._node = reg.node
+        self._facts = reg.devices
+        self._known = kept
+        self._members: dict[ModelName, frozenset[ModelName]] = {}
         self._here = Counter(record.id.model for record in kept)
         self._everywhere = Counter(record.id.model for record in view.all_replicas())
         self._everywhere.subtract(Counter(replica.model for replica in deleted))
@@ -225,17 +220,28 @@ class _Room:
             return False
         if self._here[name] >= self._slots or (most and self._everywhere[name] >= most):
             return False
-        if any(size > self._free.get(device, -1) for device, size in record.devices.items()):
+        if any(self._here[member] for member in self._group_members(name)):
             return False
-        for device, size in record.devices.items():
-            self._free[device] -= size
+        devices = {facts.id: _device(self._node, facts, self._known, self._budgets) for facts in self._facts}
+        if any(device not in devices or size < 0 for device, size in record.devices.items()):
+            return False
+        if min(left_bytes(devices, record.devices).values()) < 0:
+            return False
+        self._known = (*self._known, record)
         self._here[name] += 1
         self._everywhere[name] += 1
         return True
 
+    def _group_members(self, model: ModelName) -> frozenset[ModelName]:
+        if model not in self._members:
+            self._members[model] = self._view.group_members(model)
+        return self._members[model]
 
-def _device(node: NodeName, facts: DeviceFacts, replicas: tuple[ReplicaRecord, ...]) -> DeviceRecord:
-    return DeviceRecord(
+
+def _device(
+    node: NodeName, facts: DeviceFacts, replicas: tuple[ReplicaRecord, ...], budgets: Mapping[str, str]
+) -> DeviceRecord:
+    device = DeviceRecord(
         node=node,
         id=facts.id,
         kind=facts.kind,
@@ -243,5 +249,7 @@ def _device(node: NodeName, facts: DeviceFacts, replicas: tuple[ReplicaRecord, .
         budget_bytes=facts.budget_bytes,
         name=facts.name,
         unified=facts.unified,
+        worker_budget_bytes=facts.budget_bytes,
         claims=MappingProxyType({r.id: r.devices[facts.id] for r in replicas if facts.id in r.devices}),
     )
+    return with_budget(device, budgets)

@@ -14,6 +14,7 @@ from localmesh.core.records import ModelSpec, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import EtcdClient, EtcdConfig
 from localmesh.registry.config import RegistryConfig
+from localmesh.registry.desired_folder import DesiredFolder
 from localmesh.registry.service import SERVICE, RegistryServicer
 from localmesh.rpc.errors import from_rpc_error
 from localmesh.rpc.server import GrpcServer, ServerConfig
@@ -34,11 +35,12 @@ T = TypeVar("T")
 class Registry:
     """One registry process, as far as the mesh can tell."""
 
-    def __init__(self, etcd: str, mesh: str, config: RegistryConfig) -> None:
+    def __init__(self, etcd: str, mesh: str, config: RegistryConfig, folder: DesiredFolder | None = None) -> None:
         self._etcd = EtcdClient(EtcdConfig(endpoints=(etcd,)), CLOCK)
         self.store = MeshStore(self._etcd, mesh, CLOCK)
         self.mirror = Mirror(self.store)
         self._config = config
+        self._folder = folder
         self._stop = asyncio.Event()
         self.endpoint = ""
 
@@ -48,7 +50,7 @@ class Registry:
             await self.store.check_schema()
             mirror = group.create_task(self.mirror.run())
             await self.mirror.loaded()
-            servicer = RegistryServicer(self.store, self.mirror, self._config, CLOCK)
+            servicer = RegistryServicer(self.store, self.mirror, self._config, CLOCK, folder=self._folder)
             server = GrpcServer(ServerConfig(drain_seconds=5), name="registry")
             server.add(rpc.add_RegistryServiceServicer_to_server, servicer, SERVICE)
             async with server:
@@ -79,6 +81,7 @@ class FakeWorker:
     def __init__(self, name: str = "n1", *, key: bytes = b"k" * 40) -> None:
         self.name = name
         self.key = key
+        self.join_token = ""
         self.incarnation = 0
         self.sequence = 0
         self.wanted: list[pb.WantedSet] = []
@@ -100,6 +103,7 @@ class FakeWorker:
                 **facts,
             ),
             running=running,
+            join_token=self.join_token,
         )
         try:
             response = await rpc.RegistryServiceStub(channel).Register(request, timeout=PATIENCE)

@@ -41,11 +41,14 @@ async def test_a_node_registers_with_its_devices_under_two_leases(kit: Kit) -> N
     assert approval.lease == 0
 
 
-async def test_a_node_that_nobody_approved_changes_nothing(kit: Kit) -> None:
-    """F3."""
-    with pytest.raises(NodePending):
-        await kit.node(auto_approve=False)
-    assert (await kit.etcd.get_prefix(kit.store.keys.prefix)).kvs == ()
+async def test_of_a_node_that_nobody_approved_only_its_key_is_kept(kit: Kit) -> None:
+    """F2, F3: for an operator to look at, once."""
+    for _ in range(2):
+        with pytest.raises(NodePending):
+            await kit.node(auto_approve=False)
+    (kept,) = (await kit.etcd.get_prefix(kit.store.keys.prefix)).kvs
+    assert (kept.key, kept.version, kept.lease) == (kit.store.keys.approval(N), 1, 0)
+    assert (await kit.load()).approvals[N].approved is False
 
 
 async def test_another_key_does_not_get_the_name_of_a_node(kit: Kit) -> None:

@@ -259,6 +259,33 @@ def test_roles_may_call_what_the_registrys_table_says(role: str, method: str, al
         assert caught.value.metadata["identity"] == f"{role}/x"
 
 
+@pytest.mark.parametrize("role", sorted(identity.ROLES))
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("ApproveNode", "CordonNode", "UncordonNode", "DrainNode", "ResumeNode", "RemoveNode"),
+        *("SetNodeLabels", "SetNodeOverrides", "ResetNodeOverrides"),
+    ],
+)
+def test_only_operators_say_how_nodes_stand(method: str, role: str) -> None:
+    """F3, F60: a worker's certificate approves, resumes and relabels nobody, itself included."""
+    policy = identity.registry_policy("home")
+    if role == "operator":
+        policy(f"/localmesh.v1.RegistryService/{method}", who(role))
+    else:
+        with pytest.raises(PermissionDenied):
+            policy(f"/localmesh.v1.RegistryService/{method}", who(role))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "same"),
+    [("a", "a", True), ("a", "b", False), ("", "a", False), ("", "", False), ("\ud800", "a", False)],
+)
+def test_an_empty_secret_opens_nothing(given: str, expected: str, same: bool) -> None:
+    """F3."""
+    assert identity.same_secret(given, expected) is same
+
+
 @pytest.mark.parametrize(
     "make", [identity.registry_policy, identity.router_policy, identity.worker_policy, identity.replica_policy]
 )

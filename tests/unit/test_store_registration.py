@@ -215,5 +215,35 @@ def test_registering_leaves_a_cordon_and_the_operator_s_labels() -> None:
 def test_a_cordon_from_before_the_first_registration_is_bound_to_the_key() -> None:
     early = ApprovalRecord(key_fingerprint="", cordoned=True, mod_revision=1)
     assert plan(view(approval=early), auto=True).approval == replace(early, key_fingerprint="key")
-    with pytest.raises(NodeNameTaken):
+    with pytest.raises(NodePending):
         plan(view(approval=early))
+
+
+def test_a_node_s_device_gets_the_operator_s_budget_at_every_registration() -> None:
+    """F30: the worker's word is kept beside it, and the whole memory is what a part is taken of."""
+    said = replace(APPROVED, memory_budgets={"*": "80%"})
+    for _ in range(2):
+        (device,) = plan(view(approval=said), budget=100).devices
+        assert (device.total_bytes, device.budget_bytes, device.worker_budget_bytes) == (200, 160, 100)
+    (device,) = plan(view(approval=APPROVED), budget=100).devices
+    assert (device.budget_bytes, device.worker_budget_bytes) == (100, 100)
+
+
+def test_what_runs_is_taken_over_within_the_operator_s_overrides() -> None:
+    """F30, F32: a replica without a record is made again only where the overrides leave room."""
+    fewer = replace(APPROVED, max_replicas_per_model=1)
+    assert plan(view(approval=fewer), running(M0), running(M1), slots=2).stop == (M1,)
+    more = replace(APPROVED, max_replicas_per_model=2)
+    assert plan(view(approval=more), running(M0), running(M1), slots=1).stop == ()
+    smaller = replace(APPROVED, memory_budgets={"cpu": "29"})
+    assert plan(view(approval=smaller), running(M0), running(M1), budget=100).stop == (M1,)
+    larger = replace(APPROVED, memory_budgets={"cpu": "100%"})
+    assert plan(view(approval=larger), running(M0), running(M1), budget=29).stop == ()
+
+
+def test_what_is_over_a_lowered_budget_goes_on() -> None:
+    """F30: a budget stops nothing that runs and has a record."""
+    smaller = replace(APPROVED, memory_budgets={"cpu": "1"})
+    decided = plan(view(record(M0), approval=smaller), running(M0))
+    assert (decided.adopted, decided.stop) == ((M0,), ())
+    assert decided.devices[0].unclaimed_bytes < 0
