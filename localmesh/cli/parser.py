@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from localmesh import __version__
 from localmesh.app.exits import MEANING
-from localmesh.cli import commands_admin, commands_inference, commands_nodes, commands_run
+from localmesh.cli import commands_admin, commands_explain, commands_inference, commands_nodes, commands_run
 from localmesh.cli.arguments import add_settings, keys_of
 from localmesh.cli.connection import Command
 
@@ -93,6 +93,10 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     replicas = _add(commands, "replicas", commands_admin.replicas, "list replicas")
     replicas.add_argument("model", nargs="?", metavar="MODEL")
     replicas.add_argument("--node", metavar="NODE", help="only on this node")
+    explain = _add(commands, "explain", commands_explain.explain, "say where a model's next replica would go, and why")
+    explain.add_argument("model", metavar="MODEL")
+    explain.add_argument("-f", "--file", metavar="FILE", help="as if this were applied: file, folder, or - for stdin")
+    explain.add_argument("-v", "--verbose", action="store_true", help="also what every filter says of every node")
     _add(commands, "status", commands_admin.status, "show the mesh at a glance")
     logs = _add(commands, "logs", commands_admin.logs, "print the output of a model's replicas")
     logs.add_argument("model", metavar="MODEL[#INDEX]", help="all its replicas, or those of one index")

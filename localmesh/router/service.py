@@ -13,6 +13,7 @@ from localmesh.core.records import ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.router.cold import ColdLoader, Load
 from localmesh.router.config import RouterConfig
+from localmesh.router.explain import explain_placement
 from localmesh.router.logs import LogRelay, LogSelection
 from localmesh.router.views import coming, require_model
 from localmesh.router.warnings import warnings_of
@@ -115,6 +116,10 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
                 *self._worries(),
             ],
         )
+
+    async def ExplainPlacement(self, request: Any, context: Any) -> Any:  # noqa: ARG002 - grpc's signature
+        """See the proto."""
+        return explain_placement(self._mirror.snapshot, request, connected=self._mirror.connected)
 
     async def StreamLogs(self, request: Any, context: Any) -> None:
         """See the proto."""

@@ -5,6 +5,7 @@ unknown is not full.
 """
 
 import logging
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import pynvml
 
 from localmesh.core.budgets import budget_bytes
 from localmesh.core.ids import CPU, DeviceId
+from localmesh.core.labels import CPU_ARCH, GPU_VENDOR
 from localmesh.core.records import MeasuredRecord
 
 _log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class Gpu:
     """None when it cannot be told."""
     unified: bool = False
     """It shares the node's RAM."""
+    vendor: str = ""
+    """"nvidia" and the like; empty when it cannot be told."""
     process_bytes: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     """Bytes by process id, as the driver numbers processes: a container sees the host's numbers."""
 
@@ -95,6 +99,7 @@ class NvmlProbe:
             total_bytes=total,
             free_bytes=free,
             unified=unified,
+            vendor="nvidia",
             process_bytes=MappingProxyType(_gpu_processes(handle)),
         )
 
@@ -131,6 +136,7 @@ class Device:
     total_bytes: int
     budget_bytes: int
     unified: bool = False
+    vendor: str = ""
 
 
 class Hardware:
@@ -213,7 +219,14 @@ class Hardware:
             total_bytes=total,
             budget_bytes=budget_bytes(self._gpu_memory_budget, total_bytes=total),
             unified=gpu.unified,
+            vendor=gpu.vendor,
         )
+
+
+def hardware_labels(devices: Iterable[Device]) -> dict[str, str]:
+    """Return the labels of a node that only the node itself can tell; the mesh adds those that follow from others."""
+    vendors = sorted({device.vendor for device in devices if device.kind == "gpu" and device.vendor})
+    return {CPU_ARCH: platform.machine(), **({GPU_VENDOR: vendors[0]} if vendors else {})}
 
 
 def ram() -> Ram:

@@ -1,7 +1,7 @@
 """The worker's values as messages of localmesh.v1, and back."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import localmesh
@@ -12,7 +12,7 @@ from localmesh.rpc import convert
 from localmesh.v1 import registry_service_pb2 as pb
 from localmesh.worker.config import WorkerConfig
 from localmesh.worker.events import LoadingReport, Outcome, ReplicaReport, ServingReport, Wanted, WantedArrived
-from localmesh.worker.hardware import Device
+from localmesh.worker.hardware import Device, hardware_labels
 from localmesh.worker.sources import CatalogItem
 
 _log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def node_facts(
     config: WorkerConfig,
     *,
     endpoint: str,
-    devices: Iterable[Device],
+    devices: Sequence[Device],
     engines: Iterable[EngineInfo],
     disk_total_bytes: int,
 ) -> pb.NodeFacts:
@@ -41,7 +41,7 @@ def node_facts(
             for d in devices
         ],
         engines=[convert.engine_to_proto(e) for e in engines],
-        labels=dict(config.labels),
+        labels={**config.labels, **hardware_labels(devices)},
         max_replicas_per_model=config.max_replicas_per_model,
         disk_total_bytes=disk_total_bytes,
         version=localmesh.__version__,

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import platform
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -218,7 +219,7 @@ async def finished(worker: Worker, mesh: Mesh) -> None:
 async def lapsed(worker: Worker) -> None:
     """Return when the registration is over by the worker's own clock."""
     async with asyncio.timeout(20):
-        while worker.registered:  # noqa: ASYNC110 - passing time makes no event
+        while worker.registered:
             await asyncio.sleep(0.05)
 
 
@@ -231,7 +232,8 @@ async def test_a_worker_registers_with_its_facts_and_measures(tmp_path: Path) ->
         assert worker.registered
         await finished(worker, mesh)
     facts = request.facts
-    assert (request.node, dict(facts.labels), facts.max_replicas_per_model) == ("n1", {"zone": "a"}, 1)
+    labels = {"zone": "a", "cpu.arch": platform.machine()}
+    assert (request.node, dict(facts.labels), facts.max_replicas_per_model) == ("n1", labels, 1)
     assert facts.endpoint == worker.endpoint
     assert facts.devices[0].id == "cpu"
     assert 0 < facts.devices[0].budget_bytes < facts.devices[0].total_bytes

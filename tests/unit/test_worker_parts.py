@@ -12,6 +12,7 @@ from localmesh.core.ids import CPU, DeviceId, ModelName, NodeName, ReplicaId
 from localmesh.core.records import MeasuredRecord
 from localmesh.worker.agent import differs
 from localmesh.worker.engines import LlamaAbility, llama_engine, minilm_engine, read_probe
+from localmesh.worker.hardware import Device, hardware_labels
 from localmesh.worker.launch import ReplicaFolder, folder_of, replica_environment
 from localmesh.worker.ports import QUARANTINE_SECONDS, PortAllocator, PortRange, PortsExhausted
 from localmesh.worker.presence import BACKOFF_MOST_SECONDS, Presence, Rotation
@@ -223,3 +224,11 @@ def test_noise_is_no_change_of_a_measurement() -> None:
     assert differs(base, MeasuredRecord(free_bytes={}, cpu_load=0.5, disk_free_bytes=10_000))
     assert differs(base, MeasuredRecord(free_bytes={CPU: 1000}, cpu_load=0.9, disk_free_bytes=10_000))
     assert differs(base, MeasuredRecord(free_bytes={CPU: 1000}, cpu_load=0.5, disk_free_bytes=9_000))
+
+
+def test_a_node_labels_what_only_it_can_tell() -> None:
+    """F6."""
+    ram = Device(id=CPU, kind="cpu", name="RAM", total_bytes=1, budget_bytes=1)
+    gpu = Device(id=DeviceId("GPU-1"), kind="gpu", name="G", total_bytes=1, budget_bytes=1, vendor="nvidia")
+    assert set(hardware_labels((ram,))) == {"cpu.arch"}
+    assert hardware_labels((ram, gpu))["gpu.vendor"] == "nvidia"
