@@ -8,6 +8,7 @@ routable, or is coming, or could be placed now. A model that is not declared is 
 """
 
 import asyncio
+from dataclasses import fields
 
 from localmesh.core.clock import Clock
 from localmesh.core.errors import MeshError
@@ -17,6 +18,17 @@ from localmesh.router.views import coming, is_routable
 from localmesh.rpc.health import HealthBook
 from localmesh.scheduling.placement import plan_placement
 from localmesh.store.mirror import Mirror
+
+_PAUSE_FACTOR = 9
+"""So that many models take a tenth of the router's time, not all of it."""
+_OF_REQUESTS = frozenset({"revision", "inflight", "progress", "leader"})
+"""What changes with every request, and says nothing of where a model could be."""
+_MATTERS = tuple(field.name for field in fields(Snapshot) if field.name not in _OF_REQUESTS)
+
+
+def may_differ(before: Snapshot, now: Snapshot) -> bool:
+    """Whether health could be another one now. A snapshot shares each table that did not change with the one before."""
+    return any(getattr(before, name) is not getattr(now, name) for name in _MATTERS)
 
 
 def would_serve(snapshot: Snapshot, model: ModelName) -> bool:
@@ -53,12 +65,17 @@ class ModelHealth:
 
     async def run(self) -> None:
         """Follow the mesh, for ever."""
+        before: Snapshot | None = None
         async for snapshot in self._mirror.changes():
-            self.apply(snapshot)
-            await asyncio.sleep(self._interval_seconds)
+            began = self._clock.monotonic()
+            if before is None or may_differ(before, snapshot):
+                await self.apply(snapshot)
+                before = snapshot
+            took = self._clock.monotonic() - began
+            await asyncio.sleep(max(self._interval_seconds, took * _PAUSE_FACTOR))
 
-    def apply(self, snapshot: Snapshot) -> None:
-        """Write into the book what the snapshot means."""
+    async def apply(self, snapshot: Snapshot) -> None:
+        """Write into the book what the snapshot means. Lets requests pass after each model: planning takes a while."""
         for service in ("", *self._services):
             self._book.set_serving(service, snapshot.revision > 0)
         models = {model for model in snapshot.models if model not in self._services}
@@ -66,4 +83,5 @@ class ModelHealth:
             self._book.forget(gone)
         for model in models:
             self._book.set_serving(model, would_serve(snapshot, model))
+            await asyncio.sleep(0)
         self._known = models

@@ -1,5 +1,6 @@
 """What a snapshot says of a model: to callers, to operators, to health checks."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from localmesh.core.records import (
     SourceRecord,
 )
 from localmesh.core.snapshot import Snapshot
-from localmesh.router.health import ModelHealth, would_serve
+from localmesh.router.health import ModelHealth, may_differ, would_serve
 from localmesh.router.views import coming, failure_of, require_model, still_loading
 from localmesh.router.warnings import warnings_of
 from localmesh.rpc.health import HealthBook
@@ -129,15 +130,48 @@ def test_a_model_serves_if_a_request_would_be_answered_or_held(snapshot: Snapsho
     assert would_serve(snapshot, M) is serves
 
 
-def test_health_knows_the_models_that_are_declared() -> None:
+async def test_health_knows_the_models_that_are_declared() -> None:
     book = HealthBook()
     health = ModelHealth(book, None, None, services=("x.Y",), interval_seconds=1.0)
-    health.apply(Snapshot())
+    await health.apply(Snapshot())
     assert dict(book.serving) == {"": False, "x.Y": False}
-    health.apply(_mesh())
+    await health.apply(_mesh())
     assert dict(book.serving) == {"": True, "x.Y": True, M: True}
-    health.apply(replace(_mesh(), models={}))
+    await health.apply(replace(_mesh(), models={}))
     assert dict(book.serving) == {"": True, "x.Y": True}
+
+
+async def test_looking_at_many_models_lets_requests_pass_in_between() -> None:
+    names = [ModelName(f"m{number}") for number in range(20)]
+    snapshot = replace(_mesh(), models={name: _mesh().models[M] for name in names})
+    health = ModelHealth(HealthBook(), None, None, services=(), interval_seconds=1.0)
+    passed = 0
+
+    async def requests() -> None:
+        nonlocal passed
+        while True:
+            passed += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        others = group.create_task(requests())
+        await health.apply(snapshot)
+        others.cancel()
+    assert passed >= len(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "matters"),
+    [
+        ({"revision": 99, "inflight": {}, "progress": {}, "leader": "other"}, False),
+        ({"replicas": {}}, True),
+        ({"failures": {}}, True),
+        ({"guarded": True}, True),
+    ],
+)
+def test_health_looks_at_the_models_again_only_for_what_says_something_of_them(change, matters: bool) -> None:
+    snapshot = _mesh()
+    assert may_differ(snapshot, replace(snapshot, **change)) is matters
 
 
 def test_a_healthy_mesh_gives_no_warning() -> None:
