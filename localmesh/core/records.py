@@ -85,6 +85,8 @@ class Policy:
     """Concurrency groups: models that have one in common never share a node."""
     spread_all: bool = False
     """One replica on every node that matches, now and later, instead of a minimum and a maximum."""
+    pinned: bool = False
+    """No replica is evicted to make room for another model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +244,7 @@ class ProgressRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureRecord:
-    """A load that failed: the model is not placed on that node before the record expires."""
+    """A load that failed, or replicas that died: the model is not placed on that node before the record expires."""
 
     model: ModelName
     node: NodeName
@@ -251,3 +253,16 @@ class FailureRecord:
     message: str
     revision: str = ""
     """Revision that failed: another one may be tried at once."""
+    attempts: int = 1
+    """How often in a row, this time included. The record lives longer each time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryRecord:
+    """What went wrong with a model on a node lately. It outlives the failure, and is forgotten when all goes well."""
+
+    revision: str
+    failed_loads: int = 0
+    """Since the last one that did not fail."""
+    deaths: int = 0
+    """Replicas that died after they were ready."""

@@ -200,6 +200,7 @@ def policy_to_proto(policy: Policy) -> pb.PlacementPolicy:
         ],
         groups=policy.groups,
         spread_all=policy.spread_all,
+        pinned=policy.pinned,
     )
 
 
@@ -232,6 +233,7 @@ def policy_from_proto(policy: pb.PlacementPolicy, *, model: str = "") -> Policy:
         selector_terms=_terms(model, policy),
         groups=_groups(model, policy),
         spread_all=policy.spread_all,
+        pinned=policy.pinned,
     )
 
 
@@ -329,7 +331,14 @@ def engine_from_proto(engine: pb.Engine) -> EngineInfo:
 
 def failure_to_proto(failure: FailureRecord) -> pb.LoadFailure:
     """Return a failed load as a message."""
-    return pb.LoadFailure(model=failure.model, node=failure.node, reason=failure.reason, message=failure.message)
+    return pb.LoadFailure(
+        model=failure.model,
+        node=failure.node,
+        reason=failure.reason,
+        message=failure.message,
+        attempts=failure.attempts,
+        revision=failure.revision,
+    )
 
 
 def node_names(snapshot: Snapshot) -> set[NodeName]:

@@ -16,7 +16,8 @@
       rollout: overlap
 
 Only apiVersion, kind, name and engine are required. `placement: {spread_all: true}` stands for one replica on every
-node that matches, instead of the minimum and maximum. Several documents may stand in one file. Every error names the
+node that matches, instead of the minimum and maximum; `placement: {pinned: true}` keeps the model's replicas from being
+stopped to make room for others. Several documents may stand in one file. Every error names the
 line and the field. Anchors, aliases and tags have no use here and are refused, so that a small text cannot become a
 large value or an object.
 """
@@ -347,6 +348,7 @@ _PLACEMENT: Mapping[str, _Reader] = {
     "min_replicas": _Text.count,
     "max_replicas": _Text.count,
     "spread_all": _Text.boolean,
+    "pinned": _Text.boolean,
     "selector_terms": _Text.terms,
     "groups": _Text.names,
     "rollout": _Text.rollout,
@@ -409,6 +411,8 @@ def _written_policy(policy: types_pb2.PlacementPolicy) -> dict[str, Any]:
         written["node_selector"] = dict(sorted(policy.node_selector.items()))
     if policy.spread_all:
         written["spread_all"] = True
+    if policy.pinned:
+        written["pinned"] = True
     if policy.selector_terms:
         written["selector_terms"] = [_written_term(term) for term in policy.selector_terms]
     if policy.groups:

@@ -142,6 +142,7 @@ def fill_policy(message: pb.Policy, policy: Policy) -> None:
         message.selector_terms.add(key=term.key, operator=_OPERATOR_TO_WIRE[term.operator], values=term.values)
     message.groups[:] = policy.groups
     message.spread_all = policy.spread_all
+    message.pinned = policy.pinned
 
 
 def decode_policy(value: bytes, mod_revision: int) -> PolicyRecord:
@@ -155,6 +156,7 @@ def decode_policy(value: bytes, mod_revision: int) -> PolicyRecord:
         selector_terms=tuple(_decode_term(term) for term in message.selector_terms),
         groups=tuple(message.groups),
         spread_all=message.spread_all,
+        pinned=message.pinned,
     )
     return PolicyRecord(policy=policy, mod_revision=mod_revision)
 
@@ -436,14 +438,21 @@ def decode_inflight(value: bytes) -> tuple[int, str]:
 
 def encode_failure(failure: FailureRecord) -> bytes:
     """Return the value of the memory of a failed load."""
-    return encode(pb.Failure(reason=failure.reason, message=failure.message, revision=failure.revision))
+    message = pb.Failure(reason=failure.reason, message=failure.message, revision=failure.revision)
+    message.attempts = failure.attempts
+    return encode(message)
 
 
 def decode_failure(model: ModelName, node: NodeName, value: bytes) -> FailureRecord:
     """Read the memory of a failed load."""
     message = fresh(pb.Failure, value)
     return FailureRecord(
-        model=model, node=node, reason=message.reason, message=message.message, revision=message.revision
+        model=model,
+        node=node,
+        reason=message.reason,
+        message=message.message,
+        revision=message.revision,
+        attempts=_size(message.attempts) or 1,
     )
 
 

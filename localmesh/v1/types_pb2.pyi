@@ -404,6 +404,7 @@ class PlacementPolicy(_message.Message):
     SELECTOR_TERMS_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     SPREAD_ALL_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """Replicas kept alive at all times, also before the first request. Default 0."""
     max_replicas: _builtins.int
@@ -412,6 +413,8 @@ class PlacementPolicy(_message.Message):
     """How an edit of the model rolls in."""
     spread_all: _builtins.bool
     """One replica on every node that matches, also on those that come later. Excludes min_replicas and max_replicas."""
+    pinned: _builtins.bool
+    """No replica of the model is ever stopped to make room for another model."""
     @_builtins.property
     def node_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that a node must have, all of them with exactly this value."""
@@ -434,10 +437,11 @@ class PlacementPolicy(_message.Message):
         selector_terms: _abc.Iterable[Global___SelectorTerm] | None = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
         spread_all: _builtins.bool = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "rollout", b"rollout", "selector_terms", b"selector_terms", "spread_all", b"spread_all"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "pinned", b"pinned", "rollout", b"rollout", "selector_terms", b"selector_terms", "spread_all", b"spread_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -910,6 +914,8 @@ class LoadFailure(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model."""
     node: _builtins.str
@@ -918,6 +924,10 @@ class LoadFailure(_message.Message):
     """ErrorReason by name."""
     message: _builtins.str
     """What happened, with the engine's last words."""
+    attempts: _builtins.int
+    """How often in a row the model has failed there, this time included. The pause before the next try grows with it."""
+    revision: _builtins.str
+    """The revision of the model that failed: an edit is tried at once."""
     def __init__(
         self,
         *,
@@ -925,10 +935,12 @@ class LoadFailure(_message.Message):
         node: _builtins.str = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "model", b"model", "node", b"node", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "message", b"message", "model", b"model", "node", b"node", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

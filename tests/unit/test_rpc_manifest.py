@@ -84,7 +84,7 @@ def test_all_that_is_read_can_be_written_and_read_again() -> None:
     """F33."""
     [(spec, policy)] = parse_models(FULL)
     assert parse_models(to_yaml(spec, policy)) == [(spec, policy)]
-    everywhere = types_pb2.PlacementPolicy(spread_all=True)
+    everywhere = types_pb2.PlacementPolicy(spread_all=True, pinned=True)
     assert parse_models(to_yaml(spec, everywhere)) == [(spec, everywhere)]
 
 

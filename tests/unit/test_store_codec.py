@@ -72,6 +72,7 @@ def test_policy_and_approval_are_read_back_as_written() -> None:
         selector_terms=terms,
         groups=("g", "h"),
         spread_all=True,
+        pinned=True,
     )
     policy_message = pb.Policy()
     codec.fill_policy(policy_message, policy)
@@ -184,7 +185,7 @@ def test_what_is_measured_found_and_done_is_read_back() -> None:
     assert codec.decode_sources(codec.encode(sources_message)) == sources
     progress = ProgressRecord(phase="loading", done_bytes=1, total_bytes=2, eta_seconds=3.5)
     assert codec.decode_progress(codec.encode_progress(progress)) == progress
-    failure = FailureRecord(model=MODEL, node=NODE, reason="LOAD_FAILED", message="no", revision="r")
+    failure = FailureRecord(model=MODEL, node=NODE, reason="LOAD_FAILED", message="no", revision="r", attempts=3)
     assert codec.decode_failure(MODEL, NODE, codec.encode_failure(failure)) == failure
     assert codec.decode_inflight(codec.encode_inflight(3, "t")) == (3, "t")
     assert codec.decode_schema(codec.encode_schema()) == (codec.SCHEMA_VERSION, codec.OLDEST_COMPATIBLE)

@@ -280,6 +280,7 @@ class Policy(_message.Message):
     SELECTOR_TERMS_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     SPREAD_ALL_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     min_replicas: _builtins.int
     """Replicas kept alive."""
     max_replicas: _builtins.int
@@ -288,6 +289,8 @@ class Policy(_message.Message):
     """Replace at once instead of overlapping."""
     spread_all: _builtins.bool
     """One replica on every node that matches."""
+    pinned: _builtins.bool
+    """Never evicted."""
     @_builtins.property
     def node_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that a node must have."""
@@ -310,10 +313,11 @@ class Policy(_message.Message):
         selector_terms: _abc.Iterable[Global___SelectorTerm] | None = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
         spread_all: _builtins.bool = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "immediate", b"immediate", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "selector_terms", b"selector_terms", "spread_all", b"spread_all"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "immediate", b"immediate", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "node_selector", b"node_selector", "pinned", b"pinned", "selector_terms", b"selector_terms", "spread_all", b"spread_all"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,26 +871,60 @@ class Failure(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """ErrorReason by name, without prefix."""
     message: _builtins.str
     """What happened."""
     revision: _builtins.str
     """Revision that failed."""
+    attempts: _builtins.int
+    """How often in a row, this time included; 0 in a record of a version that did not count."""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         revision: _builtins.str = ...,
+        attempts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "message", b"message", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class History(_message.Message):
+    """Value of "history/<model>/<node>": what went wrong there lately. Outlives the failure that keeps the model away."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    FAILED_LOADS_FIELD_NUMBER: _builtins.int
+    DEATHS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the model that this is about."""
+    failed_loads: _builtins.int
+    """Loads that failed since the last one that did not."""
+    deaths: _builtins.int
+    """Replicas that died after they were ready."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        failed_loads: _builtins.int = ...,
+        deaths: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deaths", b"deaths", "failed_loads", b"failed_loads", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___History: _TypeAlias = History  # noqa: Y015
 
 @_typing.final
 class Guard(_message.Message):
