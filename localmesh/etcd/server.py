@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from localmesh.core.clock import Clock, SystemClock
 from localmesh.etcd.binary import EtcdBinary, find_etcd
 from localmesh.etcd.client import EtcdClient
@@ -218,15 +220,15 @@ class EtcdServer:
                     lease = await client.lease_grant(1, deadline=min(deadline, now + 0.25))
                     await client.lease_revoke(lease.id)
                 except EtcdError:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(0.02):
-                            await process.wait()
-                    continue
-                # The answer may be another server's, whose port we failed to take.
+                    answered = False
+                else:
+                    answered = True
+                # The answer may be another server's, whose port ours has not yet failed to take.
+                if answered and _listens(process.pid, self._port):
+                    return True
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.02):
                         await process.wait()
-                return process.returncode is None
         return False
 
     def _log_tail(self, since: int = 0) -> str:
@@ -262,6 +264,15 @@ class EtcdServer:
             temporary, self._temporary = self._temporary, None
             if temporary is not None:
                 await asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True)
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Return whether a process is the one that listens on a TCP port."""
+    try:
+        connections = psutil.Process(pid).net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
 
 
 def _free_port(host: str) -> int:

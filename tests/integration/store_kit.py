@@ -179,5 +179,5 @@ async def holding(kit: Kit, config: HolderConfig | None = None, name: str = "h")
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait for a condition that announces itself by no event."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.01)

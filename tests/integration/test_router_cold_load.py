@@ -26,7 +26,7 @@ async def test_many_first_requests_make_one_load_and_all_are_answered(etcd_endpo
             calls = [group.create_task(mesh.call(router, "tiny", timeout=30.0)) for _ in range(12)]
             await eventually(mesh.mirror, lambda s: any(r.state.coming for r in s.replicas_of(model)))
             async with asyncio.timeout(10):
-                while router.waiting(model) < 12:  # noqa: ASYNC110 - the router has no event for it
+                while router.waiting(model) < 12:
                     await asyncio.sleep(0.01)
             for node in nodes:
                 node.may_load.set()
@@ -57,7 +57,7 @@ async def test_the_load_goes_on_when_its_caller_leaves(etcd_endpoint: str, mesh_
         await eventually(mesh.mirror, lambda s: any(r.state.coming for r in s.replicas_of(model)))
         call.cancel()
         async with asyncio.timeout(10):
-            while router.waiting(model):  # noqa: ASYNC110 - the router has no event for it
+            while router.waiting(model):
                 await asyncio.sleep(0.01)
         node.may_load.set()
         await eventually(mesh.mirror, lambda s: ready(s, "tiny"))

@@ -63,7 +63,7 @@ async def test_a_deleted_model_is_unloaded_and_unknown(etcd_endpoint: str, mesh_
         snapshot = await eventually(mesh.mirror, lambda s: model not in s.models and not list(s.replicas_of(model)))
         assert node.replicas == {}
         async with asyncio.timeout(10):
-            while replica.endpoint in repr(mesh.channels_of[router]):  # noqa: ASYNC110 - nobody else keeps the connection
+            while replica.endpoint in repr(mesh.channels_of[router]):
                 await asyncio.sleep(0.01)
         assert snapshot.devices[node.name]["cpu"].claimed_bytes == 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:

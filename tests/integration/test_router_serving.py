@@ -89,7 +89,7 @@ async def test_all_four_kinds_of_call_are_forwarded_and_counted_until_they_end(
         assert await both.read() is grpc.aio.EOF
         assert await mesh.call(router, "tiny") == "tiny/a/0"
         async with asyncio.timeout(5):
-            while router.in_flight:  # noqa: ASYNC110 - the call's end reaches us before the router has left it
+            while router.in_flight:
                 await asyncio.sleep(0.01)
 
 
@@ -104,11 +104,11 @@ async def test_a_call_that_is_cancelled_is_counted_out_everywhere(etcd_endpoint:
         call = unary(mesh.channel(router))(b"x", metadata=TINY)
         replica = next(iter(node.replicas.values()))
         async with asyncio.timeout(5):
-            while not replica.running:  # noqa: ASYNC110 - plain state of a test double
+            while not replica.running:
                 await asyncio.sleep(0.01)
         call.cancel()
         async with asyncio.timeout(5):
-            while replica.running or router.in_flight:  # noqa: ASYNC110 - as above
+            while replica.running or router.in_flight:
                 await asyncio.sleep(0.01)
 
 
@@ -179,7 +179,7 @@ async def test_who_finds_every_replica_full_waits_for_a_slot(etcd_endpoint: str,
         async with asyncio.TaskGroup() as group:
             calls = [group.create_task(mesh.call(router, "tiny", timeout=30.0)) for _ in range(6)]
             async with asyncio.timeout(10):
-                while router.waiting(model) < 4:  # noqa: ASYNC110 - the router has no event for it
+                while router.waiting(model) < 4:
                     await asyncio.sleep(0.01)
             node.open_gate.set()
         assert {call.result() for call in calls} == {"tiny/a/0"}
@@ -221,7 +221,7 @@ async def test_a_replica_that_is_killed_under_traffic_costs_no_request_that_was_
             calls = [group.create_task(mesh.call(router, "tiny", timeout=20.0)) for _ in range(4)]
             (dying,) = victim.replicas.values()
             async with asyncio.timeout(10):
-                while dying.running < 2:  # noqa: ASYNC110 - plain state of a test double
+                while dying.running < 2:
                     await asyncio.sleep(0.01)
             await mesh.kill_node(victim)
         (alive,) = survivor.replicas.values()

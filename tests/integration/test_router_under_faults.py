@@ -75,7 +75,7 @@ async def test_callers_see_no_failure_but_broken_streams_and_nothing_is_left_cou
                 group.create_task(_traffic(mesh, routers, until, random.Random(number), seen))
         assert seen["OK"] > 100, seen
         async with asyncio.timeout(10):
-            while any(router.in_flight for router in routers):  # noqa: ASYNC110 - the router has no event for it
+            while any(router.in_flight for router in routers):
                 await asyncio.sleep(0.01)
         await eventually(mesh.mirror, lambda s: not any(s.inflight.values()))
         await eventually(mesh.mirror, lambda s: len(ready(s, "one")) == 2 and len(ready(s, "two")) == 1)

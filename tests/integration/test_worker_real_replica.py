@@ -139,7 +139,7 @@ async def test_a_replica_dies_with_its_worker_and_the_next_worker_finds_a_clean_
         worker.send_signal(signal.SIGKILL)
         worker.communicate()
     async with asyncio.timeout(30):
-        while belonging(folder.path):  # noqa: ASYNC110 - they are no children of ours: there is no event
+        while belonging(folder.path):
             await asyncio.sleep(0.02)
     assert folder.record.exists()
     runner = Runner(config_at(tmp_path), clock=SystemClock(), on_event=lambda e: None, gpu_bytes=lambda pids: {})

@@ -81,7 +81,7 @@ class Mesh:
 
 async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - plain state of the object under test; it has no event
+        while not condition():
             await asyncio.sleep(0)
 
 
