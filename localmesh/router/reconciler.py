@@ -58,10 +58,12 @@ class Reconciler:
         self._interval_seconds = interval_seconds
         self._busy: set[str] = set()
         self._unplaced: Mapping[ModelName, PlacementFailed] = MappingProxyType({})
+        self._warnings: tuple[str, ...] = ()
 
     def worries(self) -> list[str]:
         """Return what the last plan could not do, a sentence each. Only the leader knows any."""
-        return [f"A replica is wanted, but {error.message}" for _, error in sorted(self._unplaced.items())]
+        wanted = (f"A replica is wanted, but {error.message}" for _, error in sorted(self._unplaced.items()))
+        return [*wanted, *self._warnings]
 
     async def run(self) -> None:
         """Campaign and lead, for ever."""
@@ -78,12 +80,13 @@ class Reconciler:
                     wake_after: float | None = None
                     if self._mirror.connected:
                         plan = reconcile(snapshot, now=self._clock.monotonic(), state=state, config=self._config)
-                        state, wake_after, self._unplaced = plan.state, plan.wake_after_seconds, plan.unplaced
+                        state, wake_after = plan.state, plan.wake_after_seconds
+                        self._unplaced, self._warnings = plan.unplaced, plan.warnings
                         for action in plan.actions:
                             self._begin(action, snapshot, leadership, actions)
                     await self._next(snapshot.revision, wake_after)
         finally:
-            self._unplaced = MappingProxyType({})
+            self._unplaced, self._warnings = MappingProxyType({}), ()
             logger.info("this router is the reconciler no more")
 
     def _begin(self, action: Action, snapshot: Snapshot, leadership: Leadership, actions: asyncio.TaskGroup) -> None:

@@ -15,6 +15,7 @@ from localmesh.core.ids import ModelName, NodeName, ReplicaId
 from localmesh.core.records import ModelRecord, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import with_placement, without_replica
+from localmesh.scheduling.draining import Move, on_draining_nodes, plan_move
 from localmesh.scheduling.placement import PlacementPlan, plan_placement
 
 _MORE_SECONDS = 1.0
@@ -29,6 +30,8 @@ class ReconcileConfig:
 
     dead_after_seconds: float = 30.0
     """A node that has been away for this long is replaced."""
+    drain_patience_seconds: float = 60.0
+    """A replica on a draining node waits this long for a place elsewhere. Then it stops without one."""
     max_coming_per_model: int = 4
     """Replicas of one model that may be loading at once on the reconciler's account."""
     max_searches: int = 32
@@ -42,6 +45,8 @@ class ReconcileState:
 
     absent_since: Mapping[Life, float] = field(default_factory=lambda: MappingProxyType({}))
     """When a life of a node that replicas belong to was first seen to be over, on the caller's clock."""
+    moving_since: Mapping[ModelName, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Since when a model has replicas on draining nodes, on the caller's clock."""
     resume_after: str = ""
     """Model at which the last plan stopped looking for places; empty when it got through."""
 
@@ -89,6 +94,8 @@ class Plan:
     """To be given to the next plan."""
     unplaced: Mapping[ModelName, PlacementFailed] = field(default_factory=lambda: MappingProxyType({}))
     """Models that need a replica which fits nowhere, and why."""
+    warnings: tuple[str, ...] = ()
+    """What else an operator should know, a sentence each."""
     wake_after_seconds: float | None = None
     """When a plan of the same snapshot may differ; None for never."""
 
@@ -108,14 +115,18 @@ def reconcile(snapshot: Snapshot, *, now: float, state: ReconcileState, config: 
         return Plan(actions=(), state=replace(state, absent_since=absent))
     over = {life for life, since in absent.items() if now - since >= config.dead_after_seconds}
     waits = [since + config.dead_after_seconds - now for life, since in absent.items() if life not in over]
-    planner = _Planner(snapshot, over=over, config=config)
+    moving = _moving_since(snapshot, now=now, before=state.moving_since)
+    patience = {name: since + config.drain_patience_seconds - now for name, since in moving.items()}
+    waits += [left for left in patience.values() if left > 0]
+    planner = _Planner(snapshot, over=over, patience=patience, config=config)
     resume_after = planner.run(state.resume_after)
     if resume_after:
         waits.append(_MORE_SECONDS)
     return Plan(
         actions=tuple(planner.actions),
-        state=ReconcileState(absent_since=absent, resume_after=resume_after),
+        state=ReconcileState(absent_since=absent, moving_since=moving, resume_after=resume_after),
         unplaced=MappingProxyType(planner.unplaced),
+        warnings=tuple(planner.warnings()),
         wake_after_seconds=min(waits, default=None),
     )
 
@@ -125,15 +136,24 @@ def _absent_since(snapshot: Snapshot, *, now: float, before: Mapping[Life, float
     return MappingProxyType({life: before.get(life, now) for life in sorted(lives)})
 
 
+def _moving_since(snapshot: Snapshot, *, now: float, before: Mapping[ModelName, float]) -> Mapping[ModelName, float]:
+    models = {r.id.model for r in on_draining_nodes(snapshot, list(snapshot.all_replicas()))}
+    return MappingProxyType({model: before.get(model, now) for model in sorted(models)})
+
+
 class _Planner:
     """Collects the actions of one plan. Lives for one call of `reconcile`."""
 
-    def __init__(self, snapshot: Snapshot, *, over: set[Life], config: ReconcileConfig) -> None:
+    def __init__(
+        self, snapshot: Snapshot, *, over: set[Life], patience: Mapping[ModelName, float], config: ReconcileConfig
+    ) -> None:
         self.actions: list[Action] = []
         self.unplaced: dict[ModelName, PlacementFailed] = {}
         self._actual = snapshot
         self._assumed = snapshot
         self._config = config
+        self._patience = patience
+        self._moves: dict[ModelName, Move] = {}
         self._used_nodes: set[NodeName] = set()
         self._dead = frozenset(
             r.id for r in snapshot.all_replicas() if not snapshot.present(r) and (r.id.node, r.incarnation) in over
@@ -161,6 +181,7 @@ class _Planner:
             self._stop([r for r in replicas if self._stoppable(r)], why="its model was deleted")
             return False
         old, new = self._live(model)
+        self._move(model, new)
         self._stop(list(self._superseded(model, old, new)), why=f"revision {model.revision} replaces it")
         self._stop(list(self._beyond_node(model, old, new)), why="its node is to hold fewer of the model")
         self._stop(self._surplus(model, old, new), why="the model has more replicas than its maximum")
@@ -175,7 +196,8 @@ class _Planner:
         if self._actual.policy(name).spread_all:
             covered = {r.id.node for r in new}
             return any(node not in covered for node in self._actual.selected_nodes(name))
-        return len(new) < max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0)
+        moved = self._moves[name].wanted if name in self._moves else 0
+        return len(new) < max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0, moved)
 
     def _get_one(self, name: ModelName) -> None:
         """Plan another replica of a model."""
@@ -224,6 +246,24 @@ class _Planner:
                 continue
             self._stop([replica], why=f"revision {model.revision} does not fit beside it")
             return
+
+    def _move(self, model: ModelRecord, new: Sequence[ReplicaRecord]) -> None:
+        """Plan what becomes of a model's replicas on draining nodes."""
+        patience = self._patience.get(model.spec.name)
+        if patience is not None:
+            move = plan_move(self._actual, model, new, out_of_patience=patience <= 0)
+            self._stop(move.stop, why=move.why)
+            self._moves[model.spec.name] = move
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what an operator should know beside what has no place."""
+        for name, move in sorted(self._moves.items()):
+            if name in self.unplaced:
+                for replica in move.left:
+                    yield (
+                        f"The node {replica.id.node} drains, and the replica {replica.id} has nowhere else to go: it"
+                        f" stops without a replacement in {max(0.0, self._patience[name]):.0f} s."
+                    )
 
     def _superseded(
         self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]

@@ -74,12 +74,29 @@ def hold(snapshot: Snapshot, replica: ReplicaId, count: int = 1) -> Snapshot:
     return replace(snapshot, inflight={**snapshot.inflight, replica: {HolderId("h"): count}})
 
 
+def drain(snapshot: Snapshot, name: str, *, draining: bool = True) -> Snapshot:
+    node = NodeName(name)
+    approval = replace(snapshot.approvals[node], draining=draining, mod_revision=_next_revision(snapshot))
+    return replace(snapshot, approvals={**snapshot.approvals, node: approval})
+
+
+def _next_revision(snapshot: Snapshot) -> int:
+    known = [r.create_revision for r in snapshot.all_replicas()] + [a.mod_revision for a in snapshot.approvals.values()]
+    return 1 + max(known, default=0)
+
+
+def _created_now(snapshot: Snapshot, replica: ReplicaId) -> Snapshot:
+    siblings = dict(snapshot.replicas[replica.model])
+    siblings[replica] = replace(siblings[replica], create_revision=_next_revision(snapshot))
+    return replace(snapshot, replicas={**snapshot.replicas, replica.model: siblings})
+
+
 def apply(snapshot: Snapshot, actions: Iterable[Action]) -> Snapshot:
     """Do what the store's transactions do when nothing is in their way."""
     for action in actions:
         match action:
             case Place(plan=plan):
-                snapshot = with_placement(snapshot, plan)
+                snapshot = _created_now(with_placement(snapshot, plan), plan.replica)
             case Drain(replica=replica):
                 assert replica.state is READY
                 snapshot = set_state(snapshot, replica.id, DRAINING)

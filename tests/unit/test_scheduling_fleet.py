@@ -23,7 +23,7 @@ from localmesh.scheduling.reconcile import (
     Unload,
     reconcile,
 )
-from tests.unit.scheduling_kit import READY, add_model, add_node, apply, drop_node, hold, kinds, set_state
+from tests.unit.scheduling_kit import READY, add_model, add_node, apply, drain, drop_node, hold, kinds, set_state
 
 MODELS = st.sampled_from(["m0", "m1", "m2"])
 NODES = st.sampled_from(["n0", "n1", "n2"])
@@ -103,6 +103,12 @@ class Fleet(RuleBasedStateMachine):
         if approval is not None:
             changed = replace(approval, cordoned=not approval.cordoned)
             self.snapshot = replace(self.snapshot, approvals={**self.snapshot.approvals, NodeName(name): changed})
+
+    @rule(name=NODES)
+    def drain(self, name: str) -> None:
+        approval = self.snapshot.approvals.get(NodeName(name))
+        if approval is not None:
+            self.snapshot = drain(self.snapshot, name, draining=not approval.draining)
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 20.0, 40.0]))
     def tick(self, seconds: float) -> None:
