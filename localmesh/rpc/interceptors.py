@@ -104,7 +104,11 @@ class ErrorInterceptor(CallInterceptor):
             yield
         except grpc.aio.UsageError as error:
             await self._bug(method, context, error)
-        except grpc.aio.BaseError:  # a servicer's own abort; or the caller has left, and grpc cancels this call
+        except grpc.aio.InternalError as error:
+            # Sending failed: as a rule because the caller has left, and then telling it fails, too.
+            _log.debug("a call of %s broke off: %s", method, error)
+            await _abort(context, InternalError("internal error: the call broke off"))
+        except grpc.aio.BaseError:  # a servicer's own abort
             raise
         except MeshError as error:
             await _abort(context, error)

@@ -240,9 +240,10 @@ async def test_a_failure_that_nobody_waits_for_any_more_is_a_cancellation() -> N
         async def abort(self, *_: object) -> None:
             raise grpc.aio.InternalError("execute_batch")
 
-    with pytest.raises(asyncio.CancelledError):
-        async with ErrorInterceptor().around("/s/M", LeftContext()):
-            raise ModelNotFound("no model missing", model="missing")
+    for failure in (ModelNotFound("no model missing", model="missing"), grpc.aio.InternalError("execute_batch")):
+        with pytest.raises(asyncio.CancelledError):
+            async with ErrorInterceptor().around("/s/M", LeftContext()):
+                raise failure
 
 
 async def test_bytes_that_are_no_message_are_refused_without_noise_in_the_log(
