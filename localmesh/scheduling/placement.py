@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from types import MappingProxyType
 
 from localmesh.core.errors import ModelNotFound, NoNodes, PlacementFailed
@@ -71,10 +70,9 @@ def feasible(question: Question, verdicts: Sequence[Verdict]) -> list[Option]:
 
 def plan_of(question: Question, option: Option) -> PlacementPlan:
     """Return what T1 would write for an option."""
-    model, taken = question.model, question.indices(option.node)
     return PlacementPlan(
-        replica=ReplicaId(model.spec.name, option.node, next(i for i in count() if i not in taken)),
-        revision=model.revision,
+        replica=question.replica(option.node),
+        revision=question.model.revision,
         devices=option.devices,
         incarnation=question.node(option.node).incarnation,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId
-from localmesh.core.memory import Devices, left_bytes, sharing
+from localmesh.core.memory import Devices, left_bytes, sharing, unclaimed_bytes
 from localmesh.core.records import DeviceRecord, EngineInfo, ModelRecord, NodeRecord, Policy, SourceRecord
 from localmesh.core.snapshot import Snapshot
 
@@ -71,6 +71,23 @@ class Question:
             found.setdefault(replica.id.node, set()).add(replica.id.index)
         return {node: frozenset(indices) for node, indices in found.items()}
 
+    def replica(self, name: NodeName) -> ReplicaId:
+        """Return the replica that the model would get on a node: the lowest free index.
+
+        Except where memory was handed over to one that is not there yet (T7): then it is that one.
+        """
+        if name not in self._next:
+            taken, model = self.indices(name), self.model.spec.name
+            claimants = {replica for device in self.all_devices(name).values() for replica in device.claims}
+            heirs = [r for r in claimants if r.model == model and r.node == name and r.index not in taken]
+            free = next(i for i in range(len(taken) + 1) if i not in taken)
+            self._next[name] = min(heirs, default=ReplicaId(model, name, free))
+        return self._next[name]
+
+    @cached_property
+    def _next(self) -> dict[NodeName, ReplicaId]:
+        return {}
+
     @cached_property
     def current_nodes(self) -> frozenset[NodeName]:
         """Nodes that hold a replica of the present revision, in whatever state it is."""
@@ -125,7 +142,7 @@ class Question:
 
     def _left(self, name: NodeName, sizes: Mapping[DeviceId, int]) -> list[int]:
         devices = self.all_devices(name)
-        left = list(left_bytes(devices, sizes).values())
+        left = list(left_bytes(devices, sizes, claimant=self.replica(name)).values())
         for device in sizes:
             measured = self._measured_bytes(devices[device])
             if measured is not None:
@@ -138,21 +155,23 @@ class Question:
         That is what is unclaimed of its budget, or what was measured to be free if that is less. A device without a
         measurement is not a full one.
         """
-        unclaimed = left_bytes(self.all_devices(device.node), {device.id: 0})[device.id]
+        unclaimed = unclaimed_bytes(self.all_devices(device.node), device.id, claimant=self.replica(device.node))
         measured = self._measured_bytes(device)
         return unclaimed if measured is None else min(unclaimed, measured)
 
     def _measured_bytes(self, device: DeviceRecord) -> int | None:
         """Return what was measured to be free of a device.
 
-        The measurement does not show yet what replicas that are still loading will take: their claims come off.
+        The measurement does not show yet what replicas that are still loading will take: their claims come off. What
+        was handed over to this one is counted as free: the exit that freed it may be younger than the measurement.
         """
         measured = self.snapshot.measured.get(device.node)
         if measured is None or device.id not in measured.free_bytes:
             return None
         shared = sharing(self.all_devices(device.node), device.id)
         loading = sum(n for d in shared for replica, n in d.claims.items() if self._coming(replica))
-        return measured.free_bytes[device.id] - loading
+        heir = self.replica(device.node)
+        return measured.free_bytes[device.id] - loading + sum(d.claims.get(heir, 0) for d in shared)
 
     def _coming(self, replica: ReplicaId) -> bool:
         record = self.snapshot.replica(replica)
