@@ -139,7 +139,7 @@ async def _abort(context: Any, error: MeshError) -> NoReturn:
     """End a call with a failure; where its caller has left meanwhile, as one that was cancelled."""
     try:
         await abort_with(context, error)
-    except grpc.aio.InternalError as nobody_listens:
+    except (grpc.aio.InternalError, grpc.aio.UsageError) as nobody_listens:  # the latter: it was tried already
         # grpc would log this with a traceback, and any stranger with a short deadline could fill the log.
         raise asyncio.CancelledError from nobody_listens
 
