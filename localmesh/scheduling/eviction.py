@@ -20,7 +20,8 @@ from localmesh.scheduling.question import Question
 
 MAX_VICTIMS = 16
 """Replicas stopped at most for one: all go in one transaction."""
-_MAX_KEEPERS = 32
+_MAX_KEEPERS = 64
+"""Replicas that one transaction watches over at most."""
 _TRIES_PER_NODE = 200
 """Sets of victims that are looked at on a node before a good one is taken for the best."""
 _NODES_IN_SENTENCE = 4
@@ -266,12 +267,13 @@ class _Search:
         return victims if fits and self._keeps_minimum(victims) else None
 
     def _keeps_minimum(self, victims: Sequence[ReplicaRecord]) -> bool:
-        gone = {v.id for v in victims}
+        gone, keepers = {v.id for v in victims}, 0
         for name in {v.id.model for v in victims}:
             minimum = self._snapshot.policy(name).min_replicas if name in self._snapshot.models else 0
+            keepers += minimum
             if minimum and sum(1 for r in self._loaded.get(name, ()) if r.id not in gone) < minimum:
                 return False
-        return True
+        return keepers <= _MAX_KEEPERS
 
     def _fits(self, local: Snapshot, node: NodeName, victims: Sequence[ReplicaRecord]) -> bool:
         for victim in victims:

@@ -10,11 +10,12 @@ from localmesh.etcd import transactions as t
 from localmesh.store import codec
 from localmesh.store.access import Settle, guard
 from localmesh.store.errors import readable
-from localmesh.store.life import ReplicaAccess, StoredReplica, conflict, same_life
+from localmesh.store.eviction import Evicting
+from localmesh.store.life import StoredReplica, conflict, same_life
 from localmesh.store.v1 import records_pb2 as pb
 
 
-class Unloading(ReplicaAccess):
+class Unloading(Evicting):
     """Transactions that end a replica."""
 
     async def drain_replica(self, replica: ReplicaRecord, *, leader: Leadership | None = None) -> ReplicaRecord:
