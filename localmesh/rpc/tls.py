@@ -14,6 +14,8 @@ from localmesh.rpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _WARN_SECONDS = 14 * 24 * 3600.0
+_WARN_PART = 0.2
+"""A certificate that never was valid for long is no surprise until little of its time is left."""
 _DAY = "%Y-%m-%d %H:%M UTC"
 
 
@@ -132,7 +134,7 @@ def _check_validity(begin: datetime, end: datetime, path: Path, clock: Clock) ->
             f" {datetime.fromtimestamp(now, UTC):{_DAY}}: is this machine's clock right?",
             field="tls.cert",
         )
-    if end.timestamp() - now < _WARN_SECONDS:
+    if end.timestamp() - now < min(_WARN_SECONDS, _WARN_PART * (end - begin).total_seconds()):
         _log.warning("the TLS certificate %s expires on %s: renew it", path, format(end, _DAY))
 
 

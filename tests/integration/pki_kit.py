@@ -1,4 +1,4 @@
-"""Certificates as another tool than ours makes them: RSA, an intermediate CA, a chain in the certificate's file."""
+"""Certificates as another tool makes them: an RSA root, an intermediate CA, the chain in the file, P-384 keys."""
 
 import datetime
 import ipaddress
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from localmesh.rpc.tls import TlsFiles
@@ -33,7 +33,7 @@ class OtherCa:
     def issue(
         self, role: str, name: str, *, hosts: Iterable[str] = ("127.0.0.1", "::1"), hours: float = 1.0, mesh: str = ""
     ) -> TlsFiles:
-        """Write a certificate that is valid since an hour and for so many more, its chain and its key.
+        """Write a certificate that is valid since two hours and for so many more, its chain and its key.
 
         Issued again under the same name the files are replaced.
         """
@@ -41,7 +41,7 @@ class OtherCa:
         if role:
             names.append(x509.UniformResourceIdentifier(f"localmesh://{mesh or self._mesh}/{role}/{name}"))
             names.append(x509.DNSName(f"{name}.{role}.localmesh.internal"))
-        key = _new_key()
+        key = ec.generate_private_key(ec.SECP384R1())
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         leaf = (
             _draft(_name(name), self._name, key, hours=hours)
@@ -65,7 +65,9 @@ def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _draft(subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey, *, hours: float) -> x509.CertificateBuilder:
+def _draft(
+    subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, *, hours: float
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
