@@ -42,7 +42,7 @@ def _request(command: Command) -> Any:
     for spec, policy in manifests(source):
         if spec.name == name:
             return router.ExplainPlacementRequest(model=name, spec=spec, policy=policy)
-    raise InvalidRequest(f"there is no model {name!r} in {source}", field="file")
+    raise InvalidRequest(f"there is no model {name!r} in {'stdin' if source == '-' else source}", field="file")
 
 
 def _head(found: Any) -> list[tuple[str, str]]:

@@ -177,7 +177,7 @@ def _devices(question: Question, node: NodeName, option: Option | None) -> list[
     for device in sorted(question.all_devices(node).values(), key=lambda d: (d.kind, d.id)):
         room, reason = question.room_bytes(device), ""
         if device.kind not in kinds:
-            reason = f"the engine {question.model.spec.backend!r} and the spec do not both allow the kind {device.kind}"
+            reason = _not_allowed(question, device)
         elif room < needed:
             reason = f"{human_bytes(needed)} needed, {human_bytes(max(0, room))} free"
         found.append(
@@ -186,3 +186,10 @@ def _devices(question: Question, node: NodeName, option: Option | None) -> list[
             )
         )
     return found
+
+
+def _not_allowed(question: Question, device: DeviceRecord) -> str:
+    engine = question.engine(device.node)
+    if engine is None or device.kind not in engine.device_kinds:
+        return f"the engine {question.model.spec.backend!r} does not compute on the {device.kind} here"
+    return "the spec wants a GPU" if device.kind == "cpu" else "the spec wants the CPU"

@@ -53,7 +53,7 @@ def test_a_model_that_is_not_there_is_not_found(mesh) -> None:
     """F44."""
     assert mesh.run("explain", "nobody").returncode == 4
     missing = mesh.run("explain", "nobody", "-f", "-", text=model("somebody"))
-    assert missing.returncode == 2
+    assert missing.returncode == 5
     assert "there is no model 'nobody'" in missing.stderr
 
 

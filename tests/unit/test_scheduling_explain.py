@@ -80,7 +80,19 @@ def test_a_filter_that_has_nothing_to_look_at_is_not_asked() -> None:
     found = of(explained(replace(state, nodes={node.name: node})), "n0")
     assert {f.name for f in found.filters if f.outcome is Outcome.SKIPPED} == {"device", "memory"}
     assert [*failed(found)] == ["engine"]
-    assert "do not both allow the kind cpu" in found.devices[0].reason
+    assert found.devices[0].reason == "the engine 'e' does not compute on the cpu here"
+
+
+def test_a_device_that_the_spec_does_not_want_is_said_to_be_so() -> None:
+    """F44."""
+    state = mesh(1)
+    node = replace(
+        state.nodes[NodeName("n0")], engines=(EngineInfo(name="e", available=True, device_kinds=("cpu", "gpu")),)
+    )
+    wanted = replace(state.models[M], spec=replace(state.models[M].spec, device_kind="gpu"))
+    found = explained(replace(state, nodes={node.name: node}, models={M: wanted}))
+    assert found.nodes[0].devices[0].reason == "the spec wants a GPU"
+    assert failed(found.nodes[0]) == {"device": "n0 has no gpu device"}
 
 
 def test_the_guard_is_told() -> None:
