@@ -120,6 +120,11 @@ class RouterSection:
     advertise: str = _option(TEXT, "", "address that others reach it by, where it is not the one it listens on")
     name: str = _option(TEXT, "", "name in the mesh; empty: host name and port")
     hold_seconds: float = _option(SECONDS, 60.0, "how long a caller is held while a model loads")
+    busy_seconds: float = _option(SECONDS, 3.0, "after how long with all replicas busy a model gets another one")
+    idle_seconds: float = _option(SECONDS, 300.0, "after how long without use a model goes down to its minimum")
+    drain_patience_seconds: float = _option(
+        SECONDS, 60.0, "how long a replica on a draining node waits for a place elsewhere"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

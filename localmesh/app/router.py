@@ -16,6 +16,8 @@ from localmesh.router.node import Router
 from localmesh.rpc.addresses import parse_listen
 from localmesh.rpc.channels import ChannelPool
 from localmesh.rpc.errors import ConfigError
+from localmesh.scheduling.autoscale import AutoscaleConfig
+from localmesh.scheduling.reconcile import ReconcileConfig
 from localmesh.store.holder import Holder
 from localmesh.store.leader import LeaderElection
 from localmesh.store.mirror import Mirror
@@ -72,4 +74,8 @@ def router_config(config: Config) -> RouterConfig:
         server=server_config(config, listen=own.listen, advertise=own.advertise),
         version=__version__,
         hold_seconds=own.hold_seconds,
+        reconcile=ReconcileConfig(
+            autoscale=AutoscaleConfig(busy_seconds=own.busy_seconds, idle_seconds=own.idle_seconds),
+            drain_patience_seconds=own.drain_patience_seconds,
+        ),
     )

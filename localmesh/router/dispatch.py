@@ -7,7 +7,7 @@ slot that frees goes to whoever has waited longest, in the step in which it free
 import asyncio
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from localmesh.balancing import Choice, Chooser, Ejections, LocalLoad, Shortage
@@ -112,6 +112,10 @@ class Dispatcher:
     def waiting(self, model: ModelName) -> int:
         """Return how many requests wait for the model."""
         return len(self._queues.get(model, ()))
+
+    def queues(self) -> Mapping[ModelName, int]:
+        """Return how many requests wait, by model; only models for which any do."""
+        return {model: len(queue) for model, queue in self._queues.items()}
 
     def shortage(self, model: ModelName) -> Shortage | None:
         """Return why a new request would have to wait; None if it would not."""

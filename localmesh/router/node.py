@@ -89,6 +89,7 @@ class Router:
             clock=clock,
             config=config.reconcile,
             interval_seconds=config.reconcile_interval_seconds,
+            waiting=self._dispatcher.queues,
         )
         servicer = RouterServicer(
             config, mirror, clock, self._cold, LogRelay(mirror, channels, clock), self._reconciler.worries

@@ -36,7 +36,19 @@ _BREATH_SECONDS = 0.1
 
 
 class Reconciler:
-    """Campaigns, and reconciles while it leads."""
+    """Campaigns, and reconciles while it leads.
+
+    Args:
+        store: The transactions.
+        mirror: The view of the mesh.
+        placer: Places replicas.
+        election: Who reconciles.
+        clock: The time.
+        config: How to decide.
+        interval_seconds: How often there is a plan even when nothing has changed.
+        waiting: Returns the requests that wait at this router, by model. Those at others are not known here; that all
+            replicas are busy is, since routers publish what they have in flight.
+    """
 
     def __init__(
         self,
@@ -48,6 +60,7 @@ class Reconciler:
         clock: Clock,
         config: ReconcileConfig,
         interval_seconds: float,
+        waiting: Callable[[], Mapping[ModelName, int]],
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -56,6 +69,7 @@ class Reconciler:
         self._clock = clock
         self._config = config
         self._interval_seconds = interval_seconds
+        self._waiting = waiting
         self._busy: set[str] = set()
         self._unplaced: Mapping[ModelName, PlacementFailed] = MappingProxyType({})
         self._warnings: tuple[str, ...] = ()
@@ -79,7 +93,13 @@ class Reconciler:
                     snapshot = self._mirror.snapshot
                     wake_after: float | None = None
                     if self._mirror.connected:
-                        plan = reconcile(snapshot, now=self._clock.monotonic(), state=state, config=self._config)
+                        plan = reconcile(
+                            snapshot,
+                            now=self._clock.monotonic(),
+                            state=state,
+                            config=self._config,
+                            waiting=self._waiting(),
+                        )
                         state, wake_after = plan.state, plan.wake_after_seconds
                         self._unplaced, self._warnings = plan.unplaced, plan.warnings
                         for action in plan.actions:

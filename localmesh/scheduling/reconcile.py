@@ -8,6 +8,7 @@ that are on their way count as if they were there, so that waiting for one never
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from types import MappingProxyType
 
 from localmesh.core.errors import NoCapacity, PlacementFailed
@@ -15,6 +16,7 @@ from localmesh.core.ids import ModelName, NodeName, ReplicaId
 from localmesh.core.records import ModelRecord, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import with_placement, without_replica
+from localmesh.scheduling.autoscale import AutoscaleConfig, Trend, Usage, next_change, observe, trend
 from localmesh.scheduling.draining import Move, on_draining_nodes, plan_move
 from localmesh.scheduling.placement import PlacementPlan, plan_placement
 
@@ -32,6 +34,8 @@ class ReconcileConfig:
     """A node that has been away for this long is replaced."""
     drain_patience_seconds: float = 60.0
     """A replica on a draining node waits this long for a place elsewhere. Then it stops without one."""
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
+    """When the number of replicas follows the load."""
     max_coming_per_model: int = 4
     """Replicas of one model that may be loading at once on the reconciler's account."""
     max_searches: int = 32
@@ -47,6 +51,10 @@ class ReconcileState:
     """When a life of a node that replicas belong to was first seen to be over, on the caller's clock."""
     moving_since: Mapping[ModelName, float] = field(default_factory=lambda: MappingProxyType({}))
     """Since when a model has replicas on draining nodes, on the caller's clock."""
+    usage: Mapping[ModelName, Usage] = field(default_factory=lambda: MappingProxyType({}))
+    """How much models were used, as seen from plan to plan."""
+    seen_at: float = -inf
+    """When the last plan was made, on the caller's clock."""
     resume_after: str = ""
     """Model at which the last plan stopped looking for places; empty when it got through."""
 
@@ -100,7 +108,14 @@ class Plan:
     """When a plan of the same snapshot may differ; None for never."""
 
 
-def reconcile(snapshot: Snapshot, *, now: float, state: ReconcileState, config: ReconcileConfig | None = None) -> Plan:
+def reconcile(
+    snapshot: Snapshot,
+    *,
+    now: float,
+    state: ReconcileState,
+    config: ReconcileConfig | None = None,
+    waiting: Mapping[ModelName, int] = MappingProxyType({}),
+) -> Plan:
     """Return what brings the mesh nearer to what is wanted.
 
     Args:
@@ -108,23 +123,30 @@ def reconcile(snapshot: Snapshot, *, now: float, state: ReconcileState, config: 
         now: Seconds on a monotonic clock.
         state: That of the plan before.
         config: How to decide.
+        waiting: Requests that wait for a slot, by model, as far as the caller knows.
     """
     config = config or ReconcileConfig()
     absent = _absent_since(snapshot, now=now, before=state.absent_since)
+    usage = _usage(snapshot, now=now, before=state, waiting=waiting, config=config.autoscale)
     if snapshot.guarded:
-        return Plan(actions=(), state=replace(state, absent_since=absent))
+        return Plan(actions=(), state=replace(state, absent_since=absent, usage=usage, seen_at=now))
     over = {life for life, since in absent.items() if now - since >= config.dead_after_seconds}
     waits = [since + config.dead_after_seconds - now for life, since in absent.items() if life not in over]
     moving = _moving_since(snapshot, now=now, before=state.moving_since)
     patience = {name: since + config.drain_patience_seconds - now for name, since in moving.items()}
     waits += [left for left in patience.values() if left > 0]
-    planner = _Planner(snapshot, over=over, patience=patience, config=config)
+    if (change := next_change(usage, now=now, config=config.autoscale)) is not None:
+        waits.append(change)
+    trends = {name: trend(used, now=now, config=config.autoscale) for name, used in usage.items()}
+    planner = _Planner(snapshot, over=over, patience=patience, trends=trends, config=config)
     resume_after = planner.run(state.resume_after)
     if resume_after:
         waits.append(_MORE_SECONDS)
     return Plan(
         actions=tuple(planner.actions),
-        state=ReconcileState(absent_since=absent, moving_since=moving, resume_after=resume_after),
+        state=ReconcileState(
+            absent_since=absent, moving_since=moving, usage=usage, seen_at=now, resume_after=resume_after
+        ),
         unplaced=MappingProxyType(planner.unplaced),
         warnings=tuple(planner.warnings()),
         wake_after_seconds=min(waits, default=None),
@@ -136,6 +158,19 @@ def _absent_since(snapshot: Snapshot, *, now: float, before: Mapping[Life, float
     return MappingProxyType({life: before.get(life, now) for life in sorted(lives)})
 
 
+def _usage(
+    snapshot: Snapshot,
+    *,
+    now: float,
+    before: ReconcileState,
+    waiting: Mapping[ModelName, int],
+    config: AutoscaleConfig,
+) -> Mapping[ModelName, Usage]:
+    # Nobody looked for a while, so nobody knows what was used meanwhile: every count begins anew.
+    known = before.usage if now - before.seen_at <= config.blind_seconds else {}
+    return observe(snapshot, now=now, before=known, waiting=waiting, config=config)
+
+
 def _moving_since(snapshot: Snapshot, *, now: float, before: Mapping[ModelName, float]) -> Mapping[ModelName, float]:
     models = {r.id.model for r in on_draining_nodes(snapshot, list(snapshot.all_replicas()))}
     return MappingProxyType({model: before.get(model, now) for model in sorted(models)})
@@ -145,7 +180,13 @@ class _Planner:
     """Collects the actions of one plan. Lives for one call of `reconcile`."""
 
     def __init__(
-        self, snapshot: Snapshot, *, over: set[Life], patience: Mapping[ModelName, float], config: ReconcileConfig
+        self,
+        snapshot: Snapshot,
+        *,
+        over: set[Life],
+        patience: Mapping[ModelName, float],
+        trends: Mapping[ModelName, Trend],
+        config: ReconcileConfig,
     ) -> None:
         self.actions: list[Action] = []
         self.unplaced: dict[ModelName, PlacementFailed] = {}
@@ -153,6 +194,7 @@ class _Planner:
         self._assumed = snapshot
         self._config = config
         self._patience = patience
+        self._trends = trends
         self._moves: dict[ModelName, Move] = {}
         self._used_nodes: set[NodeName] = set()
         self._dead = frozenset(
@@ -185,6 +227,7 @@ class _Planner:
         self._stop(list(self._superseded(model, old, new)), why=f"revision {model.revision} replaces it")
         self._stop(list(self._beyond_node(model, old, new)), why="its node is to hold fewer of the model")
         self._stop(self._surplus(model, old, new), why="the model has more replicas than its maximum")
+        self._follow_use_down(model, old, new)
         lost = not old and not new and any(r.id in self._dead for r in replicas)
         coming = sum(1 for r in new if r.state.coming)
         return self._too_few(model, old, new, lost=lost) and coming < self._config.max_coming_per_model
@@ -197,7 +240,31 @@ class _Planner:
             covered = {r.id.node for r in new}
             return any(node not in covered for node in self._actual.selected_nodes(name))
         moved = self._moves[name].wanted if name in self._moves else 0
-        return len(new) < max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0, moved)
+        wanted = max(self._actual.policy(name).min_replicas, len(old), 1 if lost else 0, moved)
+        return len(new) < wanted or self._use_wants_more(name, old, new)
+
+    def _use_wants_more(self, name: ModelName, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]) -> bool:
+        """Whether the model gets one more for its load: one at a time, and not in the middle of other changes."""
+        if self._trends.get(name) is not Trend.MORE or old or any(r.state.coming for r in new):
+            return False
+        most = self._actual.policy(name).max_replicas
+        return not most or len(self._replicas(name)) < most
+
+    def _follow_use_down(self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]) -> None:
+        """Stop one replica that the load does not need, unless something else is being changed."""
+        way, policy = self._trends.get(model.spec.name, Trend.STAY), self._actual.policy(model.spec.name)
+        if way not in (Trend.FEWER, Trend.NONE) or policy.spread_all or policy.pinned:
+            return
+        replicas = self._replicas(model.spec.name)
+        if old or any(r not in new or r.state.coming or r.id in self._stopped() for r in replicas):
+            return
+        if len(new) > max(policy.min_replicas, 1 if way is Trend.FEWER else 0):
+            replica = min(new, key=lambda r: (-r.id.index, r.id))
+            if way is Trend.FEWER:
+                self._stop([replica], why="the load needs one fewer")
+            elif self._stoppable(replica) and not self._held(replica):
+                # T3 alone, without draining first: whoever locks it in this moment keeps it.
+                self.actions.append(Unload(replica=replica, why="nobody has used the model for a while"))
 
     def _get_one(self, name: ModelName) -> None:
         """Plan another replica of a model."""

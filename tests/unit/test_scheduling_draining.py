@@ -9,7 +9,6 @@ from localmesh.core.records import FailureRecord, Policy
 from localmesh.core.snapshot import Snapshot
 from tests.unit.scheduling_kit import (
     LOADING,
-    NOTHING,
     READY,
     M,
     add_model,
@@ -90,7 +89,7 @@ def test_resume_restores_what_has_not_stopped_yet() -> None:
     assert not state.routable(state.replicas[M][OLD])
     state = drain(failed_on(state, "n1"), "n0", draining=False)
     result = plan(state)
-    assert (result.actions, result.state) == ((), NOTHING)
+    assert (result.actions, result.state.moving_since) == ((), {})
     assert state.routable(state.replicas[M][OLD])
 
 

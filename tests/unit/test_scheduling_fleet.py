@@ -13,6 +13,7 @@ from localmesh.core.records import (
 )
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import without_replica
+from localmesh.scheduling.autoscale import AutoscaleConfig
 from localmesh.scheduling.reconcile import (
     Drain,
     Forget,
@@ -42,7 +43,7 @@ class Fleet(RuleBasedStateMachine):
         super().__init__()
         self.snapshot = Snapshot()
         self.state = ReconcileState()
-        self.config = ReconcileConfig(max_searches=2)
+        self.config = ReconcileConfig(max_searches=2, autoscale=AutoscaleConfig(busy_seconds=1.0, idle_seconds=30.0))
         self.now = 0.0
         self.incarnations = 0
 
@@ -80,7 +81,7 @@ class Fleet(RuleBasedStateMachine):
         self.snapshot = replace(self.snapshot, models=models, policies=policies)
 
     @precondition(lambda self: self.replicas())
-    @rule(data=st.data(), what=st.sampled_from(["ready", "exit", "hold", "release"]))
+    @rule(data=st.data(), what=st.sampled_from(["ready", "exit", "hold", "fill", "release"]))
     def replica_event(self, data: st.DataObject, what: str) -> None:
         record = data.draw(st.sampled_from(self.replicas()))
         if what == "ready" and record.state.coming and self.snapshot.present(record):
@@ -90,6 +91,8 @@ class Fleet(RuleBasedStateMachine):
             self.snapshot = self._release(record.id)
         elif what == "hold" and record.state is READY:
             self.snapshot = hold(self.snapshot, record.id)
+        elif what == "fill" and record.state is READY:
+            self.snapshot = hold(self.snapshot, record.id, record.limit)
         elif what == "release":
             self.snapshot = self._release(record.id)
 
@@ -154,7 +157,11 @@ class Fleet(RuleBasedStateMachine):
                 case Unload(replica=replica):
                     assert not before.inflight.get(replica.id) or replica.state.coming
                     assert before.present(replica)
-                    assert replica.state is not READY
+                    if replica.state is READY:
+                        used = result.state.usage[replica.id.model].used_at
+                        assert self.now - used >= self.config.autoscale.idle_seconds
+                        left = [r for r in after.replicas_of(replica.id.model) if not r.state.leaving]
+                        assert len(left) >= before.policy(replica.id.model).min_replicas
                 case Drain(replica=replica):
                     assert before.present(replica)
                 case Forget(replica=replica):
