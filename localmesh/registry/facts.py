@@ -60,7 +60,7 @@ def registration(
         endpoint=_endpoint(facts.endpoint, "facts.endpoint"),
         devices=_devices(facts.devices, budget_part),
         labels=checked_labels(facts.labels, "facts.labels"),
-        engines=_engines(facts),
+        engines=engines(facts),
         max_replicas_per_model=facts.max_replicas_per_model or 1,
         running=tuple(_running(node, request.running)),
         disk_total_bytes=max(0, facts.disk_total_bytes),
@@ -178,7 +178,12 @@ def _devices(messages: Iterable[pb.DeviceFacts], budget_part: float) -> tuple[De
     return tuple(found.values())
 
 
-def _engines(facts: pb.NodeFacts) -> tuple[EngineInfo, ...]:
+def engines(facts: pb.NodeFacts) -> tuple[EngineInfo, ...]:
+    """Return a node's engines.
+
+    Raises:
+        InvalidRequest: One is not described well, or there are too many.
+    """
     if len(facts.engines) > _MAX_ITEMS:
         raise InvalidRequest(f"a node has at most {_MAX_ITEMS} engines", field="facts.engines")
     for engine in facts.engines:

@@ -19,7 +19,7 @@ from typing import NoReturn
 from localmesh.core.clock import Clock
 from localmesh.core.errors import Conflict, IncarnationLost, InternalError, InvalidRequest, MeshError, StoreUnavailable
 from localmesh.core.ids import ModelName, NodeName, ReplicaId
-from localmesh.core.records import MeasuredRecord, NodeRecord, SourceRecord
+from localmesh.core.records import EngineInfo, MeasuredRecord, NodeRecord, SourceRecord
 from localmesh.core.snapshot import Snapshot
 from localmesh.registry import facts
 from localmesh.registry.config import RegistryConfig
@@ -78,6 +78,8 @@ class WorkerStream:
         self._reports: dict[ReplicaId, Report] = {}
         self._measured: MeasuredRecord | None = None
         self._sources: dict[ModelName, SourceRecord] = {}
+        self._engines: tuple[EngineInfo, ...] | None = None
+        """None while they are those of the registration."""
         self._answers: asyncio.Queue[int] = asyncio.Queue(_UNREAD_ANSWERS)
         self._outbox = asyncio.Event()
         self._inbox = asyncio.Event()
@@ -130,6 +132,8 @@ class WorkerStream:
         if request.HasField("measurement"):
             self._measured = facts.measurement(request.measurement)
         self._sources.update(facts.sources(request.sources))
+        if request.HasField("facts"):
+            self._engines = facts.engines(request.facts)
 
     async def _follow(self) -> NoReturn:
         async for snapshot in self._around.mirror.changes():
@@ -172,6 +176,7 @@ class WorkerStream:
         seen_at: dict[ReplicaId, int] = {}
         measured: tuple[MeasuredRecord, float] | None = None
         sources: Mapping[ModelName, SourceRecord] | None = None
+        engines: tuple[EngineInfo, ...] | None = None
         while True:
             await self._inbox.wait()
             self._inbox.clear()
@@ -181,6 +186,7 @@ class WorkerStream:
                 await self._apply_reports(snapshot, now, written, seen_at)
                 measured = await self._apply_measurement(now, measured)
                 sources = await self._apply_sources(snapshot, sources)
+                engines = await self._apply_engines(engines)
             except StoreUnavailable as error:
                 logger.warning("what %s reports waits for etcd: %s", self._node, error)
 
@@ -252,6 +258,17 @@ class WorkerStream:
             return last
         await self._around.store.put_measured(self._node, self._incarnation, new)
         return new, now
+
+    async def _apply_engines(self, last: tuple[EngineInfo, ...] | None) -> tuple[EngineInfo, ...] | None:
+        told = self._engines
+        if told is None or told == last:
+            return last
+        try:
+            await self._around.store.put_engines(self._node, self._incarnation, told)
+        except Conflict as conflict:
+            logger.info("the engines of %s are told again: %s", self._node, conflict)
+            return last
+        return told
 
     async def _apply_sources(
         self, snapshot: Snapshot, last: Mapping[ModelName, SourceRecord] | None

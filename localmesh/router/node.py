@@ -11,6 +11,7 @@ from localmesh.core.clock import Clock
 from localmesh.core.errors import ComponentUnreachable, MeshError
 from localmesh.core.ids import ModelName, ReplicaId
 from localmesh.core.snapshot import Snapshot
+from localmesh.router.backends import BackendRelay
 from localmesh.router.calls import CallRouter, known_kinds
 from localmesh.router.cold import ColdLoader
 from localmesh.router.config import RouterConfig
@@ -92,7 +93,13 @@ class Router:
             waiting=self._dispatcher.queues,
         )
         servicer = RouterServicer(
-            config, mirror, clock, self._cold, LogRelay(mirror, channels, clock), self._reconciler.worries
+            config,
+            mirror,
+            clock,
+            self._cold,
+            LogRelay(mirror, channels, clock),
+            BackendRelay(mirror, channels),
+            self._reconciler.worries,
         )
         self.server = self._make_server(self._make_calls(holder, clock), servicer, clock)
         self._health = ModelHealth(

@@ -1,4 +1,4 @@
-"""RouterService: loading on purpose, the mesh at a glance, and logs."""
+"""RouterService: loading on purpose, the mesh at a glance, logs, and backends of nodes."""
 
 import asyncio
 import math
@@ -11,6 +11,7 @@ from localmesh.core.clock import Clock
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ReplicaState
 from localmesh.core.snapshot import Snapshot
+from localmesh.router.backends import BackendRelay
 from localmesh.router.cold import ColdLoader, Load
 from localmesh.router.config import RouterConfig
 from localmesh.router.explain import explain_placement
@@ -34,6 +35,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         clock: The time.
         cold: Loads models.
         logs: Reads lines from workers.
+        backends: Asks workers about their backends.
         worries: Returns sentences that only this router knows, for GetStatus.
     """
 
@@ -44,6 +46,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         clock: Clock,
         cold: ColdLoader,
         logs: LogRelay,
+        backends: BackendRelay,
         worries: Callable[[], list[str]],
     ) -> None:
         self._config = config
@@ -51,6 +54,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         self._clock = clock
         self._cold = cold
         self._logs = logs
+        self._backends = backends
         self._worries = worries
 
     async def EnsureLoaded(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: ARG002 - grpc's signature
@@ -131,6 +135,22 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
             follow=request.follow,
         )
         await self._logs.relay(selection, context.write)
+
+    async def InstallNodeBackend(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
+        """See the proto."""
+        await self._backends.install(request_iterator, context.write)
+
+    async def UpgradeNodeBackend(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
+        """See the proto."""
+        await self._backends.upgrade(request_iterator, context.write)
+
+    async def DeleteNodeBackend(self, request: Any, context: Any) -> Any:
+        """See the proto."""
+        return await self._backends.delete(request, context.time_remaining())
+
+    async def ListNodeBackends(self, request: Any, context: Any) -> Any:  # noqa: ARG002 - grpc's signature
+        """See the proto."""
+        return await self._backends.list_all(request)
 
 
 def _loaded(snapshot: Snapshot, model: ModelName) -> Any:

@@ -129,6 +129,18 @@ REGISTRY_METHODS: Final[Mapping[str, frozenset[str]]] = {
 }
 """Roles that may call each method of the registry. A method without a row is for operators only."""
 
+_BACKEND_CHANGES: Final = ("Install", "Upgrade", "Delete")
+
+ROUTER_METHODS: Final[Mapping[str, frozenset[str]]] = {
+    f"/localmesh.v1.RouterService/{verb}NodeBackend": frozenset({"operator"}) for verb in _BACKEND_CHANGES
+}
+"""Methods of the router that are not for every identity of the mesh."""
+
+WORKER_METHODS: Final[Mapping[str, frozenset[str]]] = {
+    f"/localmesh.v1.WorkerService/{verb}Backend": frozenset({"operator", "router"}) for verb in _BACKEND_CHANGES
+}
+"""Methods of a worker that are not for every identity of the mesh. A router has checked whom it asks for."""
+
 OPEN_PREFIXES: Final = ("/grpc.health.v1.", "/grpc.reflection.")
 """Services that every identity of the mesh may call on every component."""
 
@@ -164,13 +176,13 @@ def registry_policy(mesh: str) -> IdentityPolicy:
 
 
 def router_policy(mesh: str) -> IdentityPolicy:
-    """Return the router's policy: every identity of the mesh may call it."""
-    return mesh_policy(mesh)
+    """Return the router's policy: every identity of the mesh may call it, operators change what nodes have."""
+    return mesh_policy(mesh, ROUTER_METHODS)
 
 
 def worker_policy(mesh: str) -> IdentityPolicy:
-    """Return the worker's policy: every identity of the mesh may look."""
-    return mesh_policy(mesh)
+    """Return the worker's policy: every identity of the mesh may look, operators change what it has."""
+    return mesh_policy(mesh, WORKER_METHODS)
 
 
 def replica_policy(mesh: str) -> IdentityPolicy:

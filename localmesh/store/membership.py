@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
 
 from localmesh.core.errors import Conflict, IncarnationLost, InternalError, InvalidRequest, MeshError, NodePending
 from localmesh.core.ids import ModelName, NodeName, ReplicaId
-from localmesh.core.records import MeasuredRecord, NodeRecord, ReplicaRecord, SourceRecord
+from localmesh.core.records import EngineInfo, MeasuredRecord, NodeRecord, ReplicaRecord, SourceRecord
 from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import KeyValue, LeaseExpired
 from localmesh.etcd import transactions as t
@@ -319,6 +319,35 @@ class Membership(StoreAccess):
         message = pb.Sources()
         codec.fill_sources(message, sources)
         await self._put_of_node(node, incarnation, self.keys.sources(node), codec.encode(message))
+
+    async def put_engines(self, node: NodeName, incarnation: int, engines: tuple[EngineInfo, ...]) -> None:
+        """Replace the engines of a node that is present; all else of it stays.
+
+        IF presence of that incarnation AND the node is as read THEN put. The same engines again change nothing.
+
+        Raises:
+            IncarnationLost: The node is not present in that incarnation.
+            Conflict: The node was changed meanwhile, again and again.
+            StoreUnavailable: etcd does not answer.
+        """
+        key = self.keys.node(node)
+        for _ in range(_TRIES):
+            stored = await self.read_key(key)
+            if stored is None or stored.lease != incarnation:
+                raise _lost(node)
+            record = codec.decode_node(node, stored.value, stored.lease, stored.mod_revision)
+            if record.engines == engines:
+                return
+            message = codec.fresh(pb.Node, stored.value)
+            codec.fill_node(message, replace(record, engines=engines))
+            compare = [t.lease(key) == incarnation, t.mod(key) == stored.mod_revision]
+            try:
+                outcome = await self.commit(compare, [t.put(key, codec.encode(message), incarnation)], settle=unsettled)
+            except LeaseGone as error:
+                raise _lost(node) from error
+            if outcome.succeeded:
+                return
+        raise Conflict(f"the node {node} was changed by others again and again: try again")
 
     async def _put_of_node(self, node: NodeName, incarnation: int, key: bytes, value: bytes) -> None:
         compare = [t.lease(self.keys.node(node)) == incarnation]

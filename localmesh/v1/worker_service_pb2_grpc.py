@@ -109,11 +109,12 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def InstallBackend(self, request_iterator, context):
-        """Installs a backend. The first message of the caller is the order; for an archive that is uploaded, "chunk" messages
-        of at most 1 MiB follow, and the end of the caller's stream ends it. The worker answers with progress, and ends the
-        stream after a message with "backend". The same again changes nothing ("unchanged"), and is answered without
-        waiting for an upload. Two callers with the same order share one install and both see its progress; it goes on when
-        callers leave. A failed one leaves nothing behind.
+        """Installs a backend. The first message of the caller is the order. The worker answers with progress, and ends the
+        stream after a message with "backend". An archive is uploaded when, and only when, progress of
+        BACKEND_PHASE_UPLOADING asks for it: then "chunk" messages of at most 1 MiB follow, and the end of the caller's
+        stream ends it. The same again changes nothing ("unchanged"), and no upload is asked for. Two callers with the same
+        order share one install and both see its progress; it goes on when callers leave. A failed one leaves nothing
+        behind.
         Errors: ERROR_REASON_BACKEND_EXISTS when another one of that name is there, ERROR_REASON_BACKEND_INVALID,
         ERROR_REASON_BACKEND_INSTALL_FAILED, ERROR_REASON_INVALID_REQUEST.
         """

@@ -18,6 +18,8 @@ from localmesh.rpc.server import GrpcServer, ServerConfig
 from localmesh.v1 import registry_service_pb2 as pb
 from localmesh.v1 import worker_service_pb2_grpc as pb_grpc
 from localmesh.worker import engines, wire
+from localmesh.worker.backend_service import BackendCalls
+from localmesh.worker.backends import Backends
 from localmesh.worker.config import WorkerConfig
 from localmesh.worker.events import Event, ExitsTaken, Held, Registered, Report, ShutDown, Start, Stop, Ticked
 from localmesh.worker.hardware import Device, GpuProbe, Hardware, NvmlProbe
@@ -66,12 +68,15 @@ class Worker:
         )
         self._machine = Machine(config.loads)
         self._runner = Runner(config, clock=self._clock, on_event=self._handle, gpu_bytes=self._hardware.gpu_bytes_of)
+        self.backends = Backends(config, clock=self._clock, processes=self._runner, changed=self._look_at_backends)
+        """The foreign backends of the node."""
         self._told = _Told()
         self._stopping = asyncio.Event()
         self._quiet = asyncio.Event()
         self._ready = asyncio.Event()
         self._link: RegistryLink | None = None
         self._facts = _Facts()
+        self._registered_engines: tuple[EngineInfo, ...] = ()
         self._endpoint = ""
 
     @property
@@ -118,6 +123,7 @@ class Worker:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._runner.open()
         try:
+            await asyncio.to_thread(self.backends.folder.sweep)
             identity = _identity(config)
             await self._take_stock(identity)
             async with ChannelPool(config.tls, config.max_message_bytes, self._clock) as channels:
@@ -133,16 +139,11 @@ class Worker:
     def registration(self) -> pb.RegisterRequest:
         """See LinkHost."""
         now = self._clock.monotonic()
+        self._registered_engines = self._facts.engines
         return pb.RegisterRequest(
             node=self._config.node,
             public_key=self._facts.public_key,
-            facts=wire.node_facts(
-                self._config,
-                endpoint=self._endpoint,
-                devices=self._facts.devices,
-                engines=self._facts.engines,
-                disk_total_bytes=self._facts.disk_total_bytes,
-            ),
+            facts=self._node_facts(),
             running=[wire.report(r) for r in self._machine.running(now=now)],
             join_token=self._config.join_token,
         )
@@ -170,6 +171,9 @@ class Worker:
             if self._told.sources.get(model) != source:
                 message.sources.append(wire.source(model, source))
         self._told.sources = self._facts.sources
+        if self._facts.engines != (self._told.engines or self._registered_engines):
+            message.facts.CopyFrom(self._node_facts())
+            self._told.engines = self._facts.engines
         return message
 
     def heard(self, response: pb.HeartbeatResponse) -> None:
@@ -182,6 +186,19 @@ class Worker:
         if response.exits_taken:
             self._handle(ExitsTaken(ids=frozenset(convert.replica_id(ref) for ref in response.exits_taken)))
 
+    @property
+    def _backends_dirs(self) -> tuple[Path, Path]:
+        return self._config.installed_dir, self._config.backends_dir
+
+    def _node_facts(self) -> pb.NodeFacts:
+        return wire.node_facts(
+            self._config,
+            endpoint=self._endpoint,
+            devices=self._facts.devices,
+            engines=self._facts.engines,
+            disk_total_bytes=self._facts.disk_total_bytes,
+        )
+
     def _server(self) -> GrpcServer:
         config = self._config
         listen = ServerConfig(
@@ -193,7 +210,10 @@ class Worker:
             advertise=config.advertise,
         )
         server = GrpcServer(listen, name=f"worker {config.node}", identity_policy=worker_policy(config.mesh))
-        server.add(pb_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(self), SERVICE)
+        backends = BackendCalls(
+            config.node, self.backends, engines=lambda: self._facts.engines, upload_bytes=config.backend_bytes
+        )
+        server.add(pb_grpc.add_WorkerServiceServicer_to_server, WorkerServicer(self, backends), SERVICE)
         return server
 
     async def _take_stock(self, identity: NodeIdentity) -> None:
@@ -203,7 +223,7 @@ class Worker:
         facts.disk_total_bytes = await asyncio.to_thread(self._hardware.disk_total_bytes)
         facts.measured = await asyncio.to_thread(self._hardware.measure)
         facts.engines = await engines.probe(
-            backends_dir=self._config.backends_dir,
+            *self._backends_dirs,
             gpus=any(d.kind == "gpu" for d in facts.devices),
             environment=self._config.environment,
         )
@@ -215,6 +235,7 @@ class Worker:
         ended = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._runner.run(ended), name="runner")
+            group.create_task(self.backends.run(self._stopping), name="backends")
             keepers = [
                 group.create_task(link.run(), name="link"),
                 group.create_task(self._measure(), name="measuring"),
@@ -268,6 +289,7 @@ class Worker:
         facts = self._facts
         while True:
             facts.look_again.clear()
+            await self._look_at_backends()
             try:
                 found = await asyncio.to_thread(book.look, facts.catalog)
             except Exception:  # noqa: BLE001 - no file or package, however broken, may end the replicas
@@ -282,6 +304,17 @@ class Worker:
                     await facts.look_again.wait()
             except TimeoutError:
                 continue
+
+    async def _look_at_backends(self) -> None:
+        """Tell the registry of foreign backends that came or went, also of those put there by hand."""
+        facts = self._facts
+        gpus = any(device.kind == "gpu" for device in facts.devices)
+        found = await asyncio.to_thread(engines.process_engines, *self._backends_dirs, gpus=gpus)
+        known = engines.with_process_engines(facts.engines, found)
+        if known != facts.engines:
+            facts.engines = known
+            if self._link is not None:
+                self._link.nudge()
 
 
 class _Facts:
@@ -304,6 +337,8 @@ class _Told:
     def __init__(self) -> None:
         self.dirty: set[ReplicaId] = set()
         self.sources: Mapping[ModelName, SourceRecord] = MappingProxyType({})
+        self.engines: tuple[EngineInfo, ...] = ()
+        """Empty while they are those of the registration."""
         self._measured: MeasuredRecord | None = None
         self._measured_at = 0.0
 

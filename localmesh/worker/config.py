@@ -60,10 +60,19 @@ class WorkerConfig:
     """Ended processes whose output is kept, at most."""
     kept_log_bytes: int = 10 << 20
     """Disk that the output of ended processes may take; that of the last one is kept in any case."""
+    backend_bytes: int = 64 << 30
+    """Disk that one installed backend may take, and the archive that it comes from."""
+    backend_entries: int = 500_000
+    """Files, folders and links of one installed backend."""
     environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """The worker's own environment; what replicas may see of it is passed on."""
     replica_command: tuple[str, ...] = ()
     """What is run as a replica; empty is this Python with localmesh.replica."""
+
+    @property
+    def installed_dir(self) -> Path:
+        """Backends that operators have installed on this node; `backends_dir` has those put there by hand."""
+        return self.state_dir / "backends"
 
     @property
     def advertise_host(self) -> str:

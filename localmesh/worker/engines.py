@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from localmesh.core.records import EngineInfo
 
 _log = logging.getLogger(__name__)
 _PROBE_SECONDS = 20.0
+_PROCESS = "process:"
 _PROBE = """
 import json, xllamacpp
 print("\\n" + json.dumps([str(getattr(d["type"], "name", d["type"])) for d in xllamacpp.get_device_info()]))
@@ -33,11 +34,11 @@ class LlamaAbility:
     """Why it does not work here, though it is installed."""
 
 
-async def probe(*, backends_dir: Path, gpus: bool, environment: Mapping[str, str]) -> tuple[EngineInfo, ...]:
+async def probe(*backends_dirs: Path, gpus: bool, environment: Mapping[str, str]) -> tuple[EngineInfo, ...]:
     """Return all engines that this node knows of, those that it cannot run included.
 
     Args:
-        backends_dir: Folder of the foreign backends.
+        backends_dirs: Folders of the foreign backends; a name in an earlier one wins.
         gpus: Whether the node has a GPU.
         environment: Environment of the probe, which starts a short child process.
     """
@@ -46,8 +47,13 @@ async def probe(*, backends_dir: Path, gpus: bool, environment: Mapping[str, str
     return (
         llama_engine(llama, gpus=gpus),
         minilm_engine(llama, missing=[p for p in _MINILM_NEEDS if not _version(p)]),
-        *process_engines(backends_dir, gpus=gpus),
+        *process_engines(*backends_dirs, gpus=gpus),
     )
+
+
+def with_process_engines(engines: Iterable[EngineInfo], found: Iterable[EngineInfo]) -> tuple[EngineInfo, ...]:
+    """Return the engines with the foreign ones replaced by those that were found."""
+    return (*(engine for engine in engines if not engine.name.startswith(_PROCESS)), *found)
 
 
 async def llama_ability(environment: Mapping[str, str]) -> LlamaAbility:
@@ -124,30 +130,42 @@ def minilm_engine(llama: LlamaAbility, *, missing: list[str]) -> EngineInfo:
     return EngineInfo(name="minilm", available=True, device_kinds=("cpu",), detail=f"xllamacpp {llama.version}")
 
 
-def process_engines(backends_dir: Path, *, gpus: bool) -> tuple[EngineInfo, ...]:
+def process_engines(*backends_dirs: Path, gpus: bool) -> tuple[EngineInfo, ...]:
     """Return an engine "process:NAME" for each folder NAME with an executable run.sh.
 
     What such a backend computes on is its own affair: on a node with a GPU both kinds are offered, and a model's
     device kind decides.
+
+    Args:
+        backends_dirs: Folders of such folders; a name in an earlier one wins.
+        gpus: Whether the node has a GPU.
     """
-    try:
-        folders = sorted(p for p in backends_dir.iterdir() if p.is_dir())
-    except OSError:
-        return ()
-    found = []
-    for folder in folders:
+    found: dict[str, EngineInfo] = {}
+    for folder in (p for backends_dir in backends_dirs for p in _folders(backends_dir)):
         script = folder / "run.sh"
-        if script.is_file():
+        if folder.name not in found and _is_file(script):
             runs = os.access(script, os.X_OK)
-            found.append(
-                EngineInfo(
-                    name=f"process:{folder.name}",
-                    available=runs,
-                    device_kinds=("cpu", "gpu") if gpus else ("cpu",),
-                    detail=str(folder) if runs else f"{script} is not executable: chmod +x it",
-                )
+            found[folder.name] = EngineInfo(
+                name=f"{_PROCESS}{folder.name}",
+                available=runs,
+                device_kinds=("cpu", "gpu") if gpus else ("cpu",),
+                detail=str(folder) if runs else f"{script} is not executable: chmod +x it",
             )
-    return tuple(found)
+    return tuple(found[name] for name in sorted(found))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that this user may not look into
+        return False
+
+
+def _folders(backends_dir: Path) -> list[Path]:
+    try:
+        return sorted(p for p in backends_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        return []
 
 
 def _version(distribution: str) -> str:

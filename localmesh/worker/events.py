@@ -100,11 +100,20 @@ class Ticked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopAsked:
+    """These are to finish what they do and stop; the mesh starts others if it wants them."""
+
+    ids: frozenset[ReplicaId]
+    message: str
+    """Why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShutDown:
     """Stop everything and start nothing any more."""
 
 
-Event = Registered | WantedArrived | ExitsTaken | Spawned | StartFailed | Said | Exited | Ticked | ShutDown
+Event = Registered | WantedArrived | ExitsTaken | Spawned | StartFailed | Said | Exited | Ticked | StopAsked | ShutDown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from localmesh.core.ids import CPU, DeviceId, ReplicaId
 from localmesh.core.replica_process import ReplicaSpecFile, TlsPaths
 from localmesh.rpc.addresses import join_host_port
+from localmesh.worker.backend_folder import backend_path
 from localmesh.worker.config import WorkerConfig
 from localmesh.worker.events import Start
 from localmesh.worker.processes import MARKER
@@ -114,7 +115,7 @@ def spec_file(
         revision=start.revision,
         spec=start.spec,
         source_path=str(source) if source is not None else "",
-        backend_dir=str(config.backends_dir.absolute() / name) if engine == "process" else "",
+        backend_dir=str(_backend_dir(config, name)) if engine == "process" else "",
         listen=join_host_port(config.replica_listen_host, port),
         advertise_host=config.advertise_host,
         devices=start.devices,
@@ -128,6 +129,10 @@ def spec_file(
         served_by_trailers=config.served_by_trailers,
         parent_pid=pid,
     )
+
+
+def _backend_dir(config: WorkerConfig, name: str) -> Path:
+    return backend_path(name, installed=config.installed_dir.absolute(), by_hand=config.backends_dir.absolute())
 
 
 def command(config: WorkerConfig, *, spec: Path, status_fd: int) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 It drives the replicas of the node to the wanted set, by these rules:
 
-* Only the state UNLOADING, the answer of a registration, a load that makes no progress, or the worker's own end stops a
-  process. Absence from the wanted set never does.
+* Only the state UNLOADING, the answer of a registration, a load that makes no progress, a change of its backend, or the
+  worker's own end stops a process. Absence from the wanted set never does.
 * A placement gets at most one process. One that died is reported, not started again: the mesh places anew.
 * Nothing starts under a name while the process of an earlier placement of that name is there.
 * Reports are levels. An exit is reported until it is taken, and again if the store goes on showing the replica.
@@ -36,6 +36,7 @@ from localmesh.worker.events import (
     Start,
     StartFailed,
     Stop,
+    StopAsked,
     Ticked,
     Wanted,
     WantedArrived,
@@ -145,6 +146,9 @@ class Machine:
                 yield from self._exited(event, now)
             case Ticked():
                 yield from self._ticked(now)
+            case StopAsked():
+                for held in [h for h in self._held.values() if h.id in event.ids]:
+                    yield from self._stop(held, Outcome(message=event.message))
             case ShutDown():
                 self._shutting_down = True
                 for held in list(self._held.values()):

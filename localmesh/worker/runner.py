@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from localmesh.core.clock import Clock
@@ -17,7 +17,7 @@ from localmesh.core.ids import CPU, DeviceId, ReplicaId
 from localmesh.core.replica_process import LoadEvent, ReadyEvent, StatusEvent, parse_status
 from localmesh.rpc.errors import ConfigError
 from localmesh.worker.config import WorkerConfig
-from localmesh.worker.events import Event, Exited, Said, Spawned, Start, StartFailed, Stop
+from localmesh.worker.events import Event, Exited, Said, Spawned, Start, StartFailed, Stop, StopAsked
 from localmesh.worker.launch import (
     ReplicaFolder,
     command,
@@ -127,6 +127,8 @@ class Runner:
         self._gpu_bytes = gpu_bytes
         self._group: asyncio.TaskGroup | None = None
         self._lives: dict[ReplicaId, _Life] = {}
+        self._held_back: set[str] = set()
+        self._life_ended = asyncio.Event()
         self.logs = LogBook(
             clock=clock,
             limit_bytes=config.log_bytes,
@@ -194,6 +196,32 @@ class Runner:
                 life.preparing.cancel()
             life.wake.set()
 
+    def users(self, backend: str) -> frozenset[ReplicaId]:
+        """Return the replicas with a process of the foreign backend of that name."""
+        return frozenset(i for i, x in self._lives.items() if x.pid and x.start.spec.backend == f"process:{backend}")
+
+    @contextlib.contextmanager
+    def held_back(self, backend: str) -> Iterator[None]:
+        """Let no process of the foreign backend start meanwhile: those that are wanted wait."""
+        self._held_back.add(f"process:{backend}")
+        try:
+            yield
+        finally:
+            self._held_back.discard(f"process:{backend}")
+            for life in self._lives.values():
+                life.wake.set()
+
+    async def vacate(self, backend: str, why: str) -> frozenset[ReplicaId]:
+        """Let the replicas of a foreign backend stop, and return which when their processes are gone."""
+        stopped: frozenset[ReplicaId] = frozenset()
+        while found := self.users(backend):
+            ended = self._life_ended
+            if found - stopped:
+                self._on_event(StopAsked(ids=found, message=why))
+                stopped |= found
+            await ended.wait()
+        return stopped
+
     async def _live(self, life: _Life) -> None:
         try:
             event = await self._whole_life(life)
@@ -203,6 +231,8 @@ class Runner:
         finally:
             self.logs.end(life.log)
             del self._lives[life.start.id]
+            self._life_ended.set()
+            self._life_ended = asyncio.Event()
         self._on_event(event)
 
     async def _whole_life(self, life: _Life) -> Event:
@@ -244,13 +274,19 @@ class Runner:
         try:
             if life.stop is not None:
                 raise _StoppedEarly
-            return await life.preparing
+            found = await life.preparing
         except asyncio.CancelledError:
             if life.stop is None:
                 raise
             raise _StoppedEarly from None
         finally:
             life.preparing = None
+        while life.start.spec.backend in self._held_back and life.stop is None:
+            await life.wake.wait()
+            life.wake.clear()
+        if life.stop is not None:
+            raise _StoppedEarly
+        return found
 
     def _spawn(
         self, life: _Life, *, source: Path | None, port: int, private: Path

@@ -1,4 +1,4 @@
-"""WorkerService: what runs on this node, and what it prints. It takes no orders."""
+"""WorkerService: what runs on this node, what it prints, and which backends it has."""
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
@@ -12,6 +12,7 @@ from localmesh.core.records import ReplicaState
 from localmesh.rpc import convert
 from localmesh.v1 import worker_service_pb2 as pb
 from localmesh.v1 import worker_service_pb2_grpc as pb_grpc
+from localmesh.worker.backend_service import BackendCalls
 from localmesh.worker.events import Held, Stage
 from localmesh.worker.logbook import CaughtUp, LogBook
 from localmesh.worker.logs import LogLine
@@ -51,10 +52,11 @@ class WorkerView(Protocol):
 
 
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
-    """Shows a worker."""
+    """Serves WorkerService."""
 
-    def __init__(self, view: WorkerView) -> None:
+    def __init__(self, view: WorkerView, backends: BackendCalls) -> None:
         self._view = view
+        self._backends = backends
 
     async def ListProcesses(
         self,
@@ -117,6 +119,30 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         async with aclosing(found) as lines:
             async for line in lines:
                 yield _model_log(line)
+
+    async def InstallBackend(self, request_iterator: AsyncIterator[pb.InstallBackendRequest], context: Any) -> None:
+        """See the protocol."""
+        await self._backends.install(request_iterator, context.write)
+
+    async def UpgradeBackend(self, request_iterator: AsyncIterator[pb.UpgradeBackendRequest], context: Any) -> None:
+        """See the protocol."""
+        await self._backends.upgrade(request_iterator, context.write)
+
+    async def DeleteBackend(
+        self,
+        request: pb.DeleteBackendRequest,
+        context: Any,  # noqa: ARG002 - grpc's signature
+    ) -> pb.DeleteBackendResponse:
+        """See the protocol."""
+        return await self._backends.delete(request)
+
+    async def ListBackends(
+        self,
+        request: pb.ListBackendsRequest,  # noqa: ARG002 - grpc's signature
+        context: Any,  # noqa: ARG002
+    ) -> pb.ListBackendsResponse:
+        """See the protocol."""
+        return await self._backends.list_all()
 
 
 def _tail(lines: int) -> int:

@@ -379,3 +379,21 @@ async def test_while_etcd_is_away_the_stream_ends_with_a_word_and_afterwards_the
             async with worker.stream(channel) as stream:
                 await worker.told(lambda w: w.acknowledged)
                 await registry.replica(ReplicaState.READY)
+
+
+async def test_engines_that_changed_are_taken_over_without_a_new_registration(
+    registry: Registry, channel: grpc.aio.Channel
+) -> None:
+    """F48: a backend that was just installed can be placed on at once; all else of the node stays."""
+    worker, name = FakeWorker(), NodeName("n1")
+    registered = await worker.register(channel, labels={"zone": "a"})
+    async with worker.stream(channel) as stream:
+        engine = types_pb2.Engine(name="process:echo", available=True, device_kinds=["cpu"])
+        await stream.say(facts=pb.NodeFacts(endpoint="127.0.0.1:9", engines=[engine]))
+        node = await registry.until(
+            lambda s: s.nodes[name] if [e.name for e in s.nodes[name].engines] == ["process:echo"] else None
+        )
+        assert (node.incarnation, node.labels) == (registered.incarnation, {"zone": "a"})
+        assert node.endpoint != "127.0.0.1:9"
+        await stream.say(facts=pb.NodeFacts())
+        await registry.until(lambda s: not s.nodes[name].engines)

@@ -133,7 +133,7 @@ def test_a_file_is_looked_at_again_only_when_it_changed(tmp_path: Path) -> None:
 
 
 async def test_installed_engines_are_probed_in_a_child_process(tmp_path: Path) -> None:
-    found = {e.name: e for e in await engines.probe(backends_dir=tmp_path, gpus=True, environment={"PATH": os.defpath})}
+    found = {e.name: e for e in await engines.probe(tmp_path, gpus=True, environment={"PATH": os.defpath})}
     try:
         version = metadata.version("xllamacpp")
     except metadata.PackageNotFoundError:
@@ -146,7 +146,7 @@ async def test_installed_engines_are_probed_in_a_child_process(tmp_path: Path) -
 async def test_an_engine_whose_process_dies_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_PROBE", "import os; os.abort()")
     monkeypatch.setattr(engines, "_version", lambda name: "9.9")
-    llama = (await engines.probe(backends_dir=tmp_path, gpus=False, environment={}))[0]
+    llama = (await engines.probe(tmp_path, gpus=False, environment={}))[0]
     assert (llama.available, llama.device_kinds) == (False, ())
     assert "does not start here" in llama.detail
 

@@ -286,6 +286,24 @@ def test_an_empty_secret_opens_nothing(given: str, expected: str, same: bool) ->
     assert identity.same_secret(given, expected) is same
 
 
+@pytest.mark.parametrize("role", sorted(identity.ROLES))
+@pytest.mark.parametrize("verb", ["Install", "Upgrade", "Delete"])
+def test_only_operators_change_backends_and_only_through_a_router(verb: str, role: str) -> None:
+    """F48, F60: what is installed on a node runs there, so a node, client or registry may not bring it."""
+    router, worker = identity.router_policy("home"), identity.worker_policy("home")
+    for policy, method, allowed in (
+        (router, f"/localmesh.v1.RouterService/{verb}NodeBackend", {"operator"}),
+        (worker, f"/localmesh.v1.WorkerService/{verb}Backend", {"operator", "router"}),
+    ):
+        if role in allowed:
+            policy(method, who(role))
+        else:
+            with pytest.raises(PermissionDenied):
+                policy(method, who(role))
+    router("/localmesh.v1.RouterService/ListNodeBackends", who(role))
+    worker("/localmesh.v1.WorkerService/ListBackends", who(role))
+
+
 @pytest.mark.parametrize(
     "make", [identity.registry_policy, identity.router_policy, identity.worker_policy, identity.replica_policy]
 )
