@@ -7,8 +7,8 @@ from pathlib import Path
 from localmesh.app.config import Config
 from localmesh.core.clock import Clock
 from localmesh.core.errors import StoreUnavailable
-from localmesh.etcd import EtcdClient, EtcdConfig
-from localmesh.rpc.errors import ConfigError
+from localmesh.etcd import AuthenticationFailed, EtcdClient, EtcdConfig, PermissionDenied
+from localmesh.rpc.errors import ConfigError, tls_trouble
 from localmesh.store.mesh import MeshStore
 
 
@@ -30,11 +30,21 @@ async def open_store(config: Config, clock: Clock) -> AsyncIterator[MeshStore]:
             await store.check_schema()
         except StoreUnavailable as error:
             where = ", ".join(config.etcd_endpoints)
-            raise StoreUnavailable(
-                f"etcd at {where} cannot be used ({error.__cause__ or error.message}). Start it, or name another with"
-                " --etcd-endpoints."
-            ) from error
+            said = str(error.__cause__ or error.message)
+            raise StoreUnavailable(f"etcd at {where} cannot be used ({said}). {_advice(error, config)}") from error
         yield store
+
+
+def _advice(error: StoreUnavailable, config: Config) -> str:
+    if isinstance(error.__cause__, AuthenticationFailed | PermissionDenied):
+        return (
+            "Give --etcd-user and --etcd-password-file of a user that may read and write what begins with"
+            f" /localmesh/{config.mesh}/."
+        )
+    trouble = tls_trouble(str(error.__cause__ or error.message))
+    if trouble:
+        return f"{trouble} TLS to etcd is set by --etcd-ca, --etcd-cert and --etcd-key."
+    return "Start it, or name another with --etcd-endpoints."
 
 
 def etcd_config(config: Config) -> EtcdConfig:

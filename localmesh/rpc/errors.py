@@ -194,7 +194,7 @@ def _from_grpc(code: Any, text: str, endpoint: str) -> MeshError:
             field="",
         )
     if code is _C.UNAVAILABLE:
-        reason = _tls_trouble(text)
+        reason = tls_trouble(text)
         kind_of = TlsTrouble if reason else e.ComponentUnreachable
         return kind_of(f"{who}cannot be reached ({text}). {reason or 'Is it running?'}", endpoint=endpoint)
     if code is _C.DEADLINE_EXCEEDED:
@@ -225,6 +225,7 @@ _TLS_TROUBLES: Final = (
         "The certificate shown there was not signed by the given CA: is that the CA of this mesh?",
     ),
     ("certificate signature failure", "The certificate shown there was not signed by the given CA."),
+    ("Handshake read failed", "It ends the TLS handshake: is there TLS at all, and does it accept the certificate?"),
     (
         "Socket closed",
         "It closes connections at once, as servers with TLS do to all who show no valid certificate of their CA.",
@@ -233,7 +234,7 @@ _TLS_TROUBLES: Final = (
 """What gRPC says of a connection that failed, the more telling words first, and what is to be done."""
 
 
-def _tls_trouble(text: str) -> str:
+def tls_trouble(text: str) -> str:
     """Return what is wrong with certificates, from what gRPC says of a connection; empty where it is something else."""
     if "failed to connect" not in text:  # a connection that worked has ended
         return ""
