@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from localmesh.core.errors import (
     ModelNotFound,
     ReplicaFull,
 )
-from localmesh.rpc.channels import ChannelPool, channel_options
+from localmesh.rpc.channels import ChannelPool
 from localmesh.rpc.errors import ConfigError, ListenFailed, from_rpc_error
 from localmesh.rpc.interceptors import ErrorInterceptor
 from localmesh.rpc.server import GrpcServer, ServerConfig
@@ -470,62 +468,3 @@ async def test_a_hundred_connections_that_say_nothing_do_not_keep_others_out(
     for _ in range(100):
         strangers.append(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT))
     await still_up(pool, server)
-
-
-# peers that freeze
-
-FREEZABLE = """
-import asyncio, sys
-from localmesh.rpc.server import GrpcServer, ServerConfig
-import grpc
-
-class Wait(grpc.GenericRpcHandler):
-    def service(self, details):
-        async def wait(requests, context):
-            await context.write(b"begun")
-            await asyncio.Event().wait()
-        return grpc.stream_stream_rpc_method_handler(wait) if details.method == "/t.T/Wait" else None
-
-async def main():
-    async with GrpcServer(ServerConfig(), name="freezable", generic_handlers=[Wait()]) as server:
-        print(server.port, flush=True)
-        await server.wait()
-
-asyncio.run(main())
-"""
-
-
-async def test_a_frozen_peer_is_noticed_within_twenty_seconds(pool: ChannelPool) -> None:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", FREEZABLE, stdout=asyncio.subprocess.PIPE, env={"PYTHONPATH": ROOT}
-    )
-    try:
-        assert child.stdout is not None
-        async with asyncio.timeout(WAIT):
-            port = int(await child.stdout.readline())
-        call = pool.get(f"127.0.0.1:{port}").stream_stream("/t.T/Wait")()
-        assert await call.read() == b"begun"
-        child.send_signal(signal.SIGSTOP)
-        async with asyncio.timeout(20):
-            error = await failed(call.read())
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
-    finally:
-        child.kill()
-        await child.wait()
-
-
-ROOT = str(Path(__file__).parents[2])
-
-
-async def test_pings_are_never_too_many(server: GrpcServer, servicer: Inference) -> None:
-    """A server as gRPC makes it ends a connection at the third ping that it finds too early."""
-    options = channel_options(extra={"grpc.keepalive_time_ms": 1_000})
-    async with grpc.aio.insecure_channel(server.endpoint, options=options) as channel:
-        inference = stubs.InferenceServiceStub(channel)
-        call = inference.StreamGenerate(pb.StreamGenerateRequest(model="wait"), timeout=60)
-        await call.read()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(5.5):
-                await call.code()
-        servicer.go_on.set()
-        assert await call.read() is grpc.aio.EOF
