@@ -6,11 +6,19 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from localmesh.core.clock import Clock
-from localmesh.core.errors import ComponentUnreachable, InternalError, LoadFailed, MeshError, PlacementFailed
+from localmesh.core.errors import (
+    ComponentUnreachable,
+    InternalError,
+    LoadFailed,
+    MeshError,
+    NoCapacity,
+    PlacementFailed,
+)
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ReplicaRecord
 from localmesh.core.snapshot import Snapshot
 from localmesh.router.placer import Placer
+from localmesh.router.room import Room, RoomMaker
 from localmesh.router.views import FAILURE_RETRY_SECONDS, coming, failure_of, is_routable, require_model
 from localmesh.scheduling.placement import PlacementPlan, plan_placement
 from localmesh.store.mirror import Mirror
@@ -19,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _MOST_PLACEMENTS = 5
 _LOOK_SECONDS = 1.0
+_BUSY_RETRY_SECONDS = 5.0
+_BREATH_SECONDS = 0.05
+"""Between two looks for room at least: counts of requests change much more often than there is room."""
 
 Load = asyncio.Future[None]
 """Done when a load has ended: without an error once a replica is routable. Not to be cancelled by those who wait."""
@@ -33,6 +44,7 @@ class ColdLoader:
     Args:
         mirror: The view of the mesh.
         placer: Places replicas.
+        room: Stops what is idle where there is no room.
         clock: The time.
         spawn: Runs a coroutine in the router's task group: a load outlives the request that began it.
         patience_seconds: How long a load waits for room that is about to come free before it is given up.
@@ -44,6 +56,7 @@ class ColdLoader:
         *,
         mirror: Mirror,
         placer: Placer,
+        room: RoomMaker,
         clock: Clock,
         spawn: Callable[[Coroutine[Any, Any, None], str], None],
         patience_seconds: float,
@@ -51,11 +64,17 @@ class ColdLoader:
     ) -> None:
         self._mirror = mirror
         self._placer = placer
+        self._room = room
         self._clock = clock
         self._spawn = spawn
         self._patience_seconds = patience_seconds
         self._failed = failed
         self._loads: dict[ModelName, Load] = {}
+        self._short_of: dict[ModelName, PlacementFailed] = {}
+
+    def short_of(self, model: ModelName) -> PlacementFailed | None:
+        """Return what a load waits for, as the error that it ends with if that does not come; None if for nothing."""
+        return self._short_of.get(model)
 
     def want(self, model: ModelName) -> Load:
         """Begin to load the model unless that is under way, and return the load."""
@@ -79,6 +98,7 @@ class ColdLoader:
             logger.exception("loading %s", model)
         finally:
             del self._loads[model]
+            self._short_of.pop(model, None)
             if load.done():
                 pass
             elif error is None:
@@ -110,10 +130,20 @@ class ColdLoader:
             try:
                 if await self._placer.place(lambda s: _plan(s, model)) is not None:
                     placed += 1
+                self._short_of.pop(model, None)
             except PlacementFailed as error:
-                if self._clock.monotonic() >= give_up or not _room_may_come(snapshot, model, error):
-                    raise failure_of(self._mirror.snapshot, model) or error from None
+                room = await self._room_for(model, error)
+                self._short_of[model] = reason = _with_reason(error, room)
+                may_come = room.may_come or _room_may_come(snapshot, model, error)
+                if self._clock.monotonic() >= give_up or not may_come:
+                    raise failure_of(self._mirror.snapshot, model) or reason from None
+                await asyncio.sleep(_BREATH_SECONDS)
                 await self._change(_newer_than(snapshot.revision))
+
+    async def _room_for(self, model: ModelName, error: PlacementFailed) -> Room:
+        if not isinstance(error, NoCapacity) or failure_of(self._mirror.snapshot, model) is not None:
+            return Room(may_come=False)
+        return await self._room.make_room(model)
 
     async def _change(self, condition: Callable[[Snapshot], bool]) -> None:
         """Wait until the condition holds, or for a moment: what depends on time is looked at again, too."""
@@ -132,6 +162,17 @@ def _plan(snapshot: Snapshot, model: ModelName) -> PlacementPlan | None:
     if is_routable(snapshot, model) or coming(snapshot, model):
         return None
     return plan_placement(snapshot, model)
+
+
+def _with_reason(error: PlacementFailed, room: Room) -> PlacementFailed:
+    """Return the error with what keeps room from being made."""
+    if not room.in_the_way:
+        return error
+    return type(error)(
+        f"{error.message}. Nothing can be stopped to make room: {room.in_the_way}.",
+        retry_after_seconds=error.retry_after_seconds or (_BUSY_RETRY_SECONDS if room.may_come else None),
+        **error.metadata,
+    )
 
 
 def _room_may_come(snapshot: Snapshot, model: ModelName, error: PlacementFailed) -> bool:

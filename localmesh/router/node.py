@@ -21,8 +21,10 @@ from localmesh.router.logs import LogRelay
 from localmesh.router.naming import FORWARDED_SERVICES
 from localmesh.router.placer import Placer
 from localmesh.router.reconciler import Reconciler
+from localmesh.router.room import RoomMaker
 from localmesh.router.routing import Routing
 from localmesh.router.service import RouterServicer
+from localmesh.router.usage import UsageLog
 from localmesh.rpc.channels import ChannelPool
 from localmesh.rpc.identity import router_policy
 from localmesh.rpc.proxy import ProxyHandler
@@ -74,9 +76,11 @@ class Router:
         placer = Placer(store, mirror, clock)
         self._load = LocalLoad()
         self._dispatcher = self._make_dispatcher(holder, clock)
+        self._usage = UsageLog(clock, waiting=self._dispatcher.waiting, in_flight=self._load.in_flight)
         self._cold = ColdLoader(
             mirror=mirror,
             placer=placer,
+            room=RoomMaker(store, mirror, self._usage, clock),
             clock=clock,
             spawn=self._spawn,
             patience_seconds=config.hold_seconds,
@@ -117,6 +121,7 @@ class Router:
             dispatcher=self._dispatcher,
             clock=clock,
             hold_seconds=self._config.hold_seconds,
+            short_of=self._cold.short_of,
         )
         return CallRouter(
             routing=routing,
@@ -172,6 +177,10 @@ class Router:
         """Return how many requests wait for a replica of the model."""
         return self._dispatcher.waiting(model)
 
+    def short_of(self, model: ModelName) -> MeshError | None:
+        """Return what the load of a model waits for; None if it waits for nothing, or nothing is loaded."""
+        return self._cold.short_of(model)
+
     async def run(self) -> None:
         """Serve until cancelled; then stop gracefully.
 
@@ -196,6 +205,7 @@ class Router:
     async def _follow(self) -> None:
         replicas: object = None
         async for snapshot in self._mirror.changes():
+            self._usage.observe(snapshot)
             self._dispatcher.pump_all()
             if snapshot.replicas is not replicas:
                 replicas = snapshot.replicas

@@ -15,6 +15,7 @@ from localmesh.core.ids import ModelName
 from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import Leadership
 from localmesh.router.placer import Placer
+from localmesh.router.reclaimer import Reclaimer
 from localmesh.scheduling.reconcile import (
     Action,
     Drain,
@@ -70,6 +71,7 @@ class Reconciler:
         self._config = config
         self._interval_seconds = interval_seconds
         self._waiting = waiting
+        self._reclaimer = Reclaimer(store, mirror, clock)
         self._busy: set[str] = set()
         self._unplaced: Mapping[ModelName, PlacementFailed] = MappingProxyType({})
         self._warnings: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ class Reconciler:
         state = ReconcileState()
         try:
             async with asyncio.TaskGroup() as actions:
+                actions.create_task(self._reclaimer.run(leadership))
                 while True:
                     snapshot = self._mirror.snapshot
                     wake_after: float | None = None

@@ -1,6 +1,6 @@
 """From a model's name to a locked replica: choose, lock, and choose again when the mesh has moved on meanwhile."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -39,16 +39,25 @@ class Routing:
         dispatcher: Chooses, and queues.
         clock: The time.
         hold_seconds: How long a caller is held at most.
+        short_of: Returns what the load of a model waits for, if it waits for something.
     """
 
     def __init__(
-        self, *, mirror: Mirror, holder: Holder, dispatcher: Dispatcher, clock: Clock, hold_seconds: float
+        self,
+        *,
+        mirror: Mirror,
+        holder: Holder,
+        dispatcher: Dispatcher,
+        clock: Clock,
+        hold_seconds: float,
+        short_of: Callable[[ModelName], MeshError | None] = lambda _: None,
     ) -> None:
         self._mirror = mirror
         self._holder = holder
         self._dispatcher = dispatcher
         self._clock = clock
         self._hold_seconds = hold_seconds
+        self._short_of = short_of
 
     def session(self, model: ModelName, deadline: float | None) -> RouteSession:
         """Begin a request.
@@ -124,7 +133,7 @@ class Routing:
         require_model(snapshot, model)
         shortage = self._dispatcher.shortage(model)
         if shortage is Shortage.NO_REPLICA:
-            return still_loading(snapshot, model)
+            return self._short_of(model) or still_loading(snapshot, model)
         if shortage is Shortage.EJECTED:
             return ReplicaLost(
                 f"no replica of the model {model!r} can be reached; the router's log says why. Try again later.",
