@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ async def kit(etcd_endpoint: str, mesh_name: str) -> AsyncIterator[Kit]:
         yield opened
 
 
-async def full(kit: Kit, **policy: object) -> list[ReplicaRecord]:
+async def full(kit: Kit, **policy: Any) -> list[ReplicaRecord]:
     """Fill a node of 4 GiB with two models, and declare a third one."""
     await kit.node()
     for name in ("a", "b", "new"):
