@@ -33,9 +33,10 @@ class _Worker(worker_service_pb2_grpc.WorkerServiceServicer):  # type: ignore[mi
             async for request in requests:
                 size += len(request.chunk)
             await context.write(respond(backend=types.InstalledBackend(name=order.name, size_bytes=size)))
-        except asyncio.CancelledError:
-            self.gone.set()
-            raise
+        finally:
+            # of a caller that leaves gRPC shows the end of its messages, or the cancellation: whichever comes first
+            if order.name == "left":
+                self.gone.set()
 
     async def UpgradeBackend(self, request_iterator: Any, context: Any) -> None:
         order = (await anext(aiter(request_iterator))).order
