@@ -74,12 +74,19 @@ class Reconciler:
         self._reclaimer = Reclaimer(store, mirror, clock)
         self._busy: set[str] = set()
         self._unplaced: Mapping[ModelName, PlacementFailed] = MappingProxyType({})
-        self._warnings: tuple[str, ...] = ()
+        self._warnings: Mapping[ModelName, tuple[str, ...]] = MappingProxyType({})
 
-    def worries(self) -> list[str]:
-        """Return what the last plan could not do, a sentence each. Only the leader knows any."""
-        wanted = (f"A replica is wanted, but {error.message}" for _, error in sorted(self._unplaced.items()))
-        return [*wanted, *self._warnings]
+    def worries(self, model: ModelName | None = None) -> list[str]:
+        """Return what the last plan could not do, a sentence each; of one model only if that is asked for.
+
+        Only the leader knows any.
+        """
+        found = []
+        for name in sorted({*self._unplaced, *self._warnings}) if model is None else [model]:
+            if (error := self._unplaced.get(name)) is not None:
+                found.append(f"A replica is wanted, but {error.message}")
+            found += self._warnings.get(name, ())
+        return found
 
     async def run(self) -> None:
         """Campaign and lead, for ever."""
@@ -109,7 +116,7 @@ class Reconciler:
                             self._begin(action, snapshot, leadership, actions)
                     await self._next(snapshot.revision, wake_after)
         finally:
-            self._unplaced, self._warnings = MappingProxyType({}), ()
+            self._unplaced, self._warnings = MappingProxyType({}), MappingProxyType({})
             logger.info("this router is the reconciler no more")
 
     def _begin(self, action: Action, snapshot: Snapshot, leadership: Leadership, actions: asyncio.TaskGroup) -> None:

@@ -36,7 +36,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         cold: Loads models.
         logs: Reads lines from workers.
         backends: Asks workers about their backends.
-        worries: Returns sentences that only this router knows, for GetStatus.
+        worries: Returns sentences that only this router knows, of the mesh or of one model.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         cold: ColdLoader,
         logs: LogRelay,
         backends: BackendRelay,
-        worries: Callable[[], list[str]],
+        worries: Callable[[ModelName | None], list[str]],
     ) -> None:
         self._config = config
         self._mirror = mirror
@@ -117,13 +117,16 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
             replicas=len(replicas),
             warnings=[
                 *warnings_of(snapshot, connected=self._mirror.connected, silence_seconds=silence),
-                *self._worries(),
+                *self._worries(None),
             ],
         )
 
     async def ExplainPlacement(self, request: Any, context: Any) -> Any:  # noqa: ARG002 - grpc's signature
         """See the proto."""
-        return explain_placement(self._mirror.snapshot, request, connected=self._mirror.connected)
+        response = explain_placement(self._mirror.snapshot, request, connected=self._mirror.connected)
+        if not response.dry_run:
+            response.notes.extend(self._worries(ModelName(response.model)))
+        return response
 
     async def StreamLogs(self, request: Any, context: Any) -> None:
         """See the proto."""

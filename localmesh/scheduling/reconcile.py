@@ -17,6 +17,7 @@ from localmesh.core.records import ModelRecord, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import with_placement, without_replica
 from localmesh.scheduling.autoscale import AutoscaleConfig, Trend, Usage, next_change, observe, trend
+from localmesh.scheduling.breaker import BreakerConfig, Trouble, failed_again, remaining
 from localmesh.scheduling.draining import Move, on_draining_nodes, plan_move
 from localmesh.scheduling.placement import PlacementPlan, plan_placement
 
@@ -36,6 +37,8 @@ class ReconcileConfig:
     """A replica on a draining node waits this long for a place elsewhere. Then it stops without one."""
     autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
     """When the number of replicas follows the load."""
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
+    """When a model that fits nowhere is left alone."""
     max_coming_per_model: int = 4
     """Replicas of one model that may be loading at once on the reconciler's account."""
     max_searches: int = 32
@@ -55,6 +58,10 @@ class ReconcileState:
     """How much models were used, as seen from plan to plan."""
     seen_at: float = -inf
     """When the last plan was made, on the caller's clock."""
+    troubles: Mapping[ModelName, Trouble] = field(default_factory=lambda: MappingProxyType({}))
+    """Models that were found no place for."""
+    seen: Snapshot | None = None
+    """What the last plan was made of: a change of capacity is seen by it."""
     resume_after: str = ""
     """Model at which the last plan stopped looking for places; empty when it got through."""
 
@@ -102,8 +109,8 @@ class Plan:
     """To be given to the next plan."""
     unplaced: Mapping[ModelName, PlacementFailed] = field(default_factory=lambda: MappingProxyType({}))
     """Models that need a replica which fits nowhere, and why."""
-    warnings: tuple[str, ...] = ()
-    """What else an operator should know, a sentence each."""
+    warnings: Mapping[ModelName, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """What else an operator should know of a model, a sentence each."""
     wake_after_seconds: float | None = None
     """When a plan of the same snapshot may differ; None for never."""
 
@@ -138,17 +145,25 @@ def reconcile(
     if (change := next_change(usage, now=now, config=config.autoscale)) is not None:
         waits.append(change)
     trends = {name: trend(used, now=now, config=config.autoscale) for name, used in usage.items()}
-    planner = _Planner(snapshot, over=over, patience=patience, trends=trends, config=config)
+    troubles = remaining(state.troubles, state.seen, snapshot, now=now, config=config.breaker)
+    planner = _Planner(snapshot, now=now, over=over, patience=patience, trends=trends, troubles=troubles, config=config)
     resume_after = planner.run(state.resume_after)
+    waits += planner.next_looks()
     if resume_after:
         waits.append(_MORE_SECONDS)
     return Plan(
         actions=tuple(planner.actions),
         state=ReconcileState(
-            absent_since=absent, moving_since=moving, usage=usage, seen_at=now, resume_after=resume_after
+            absent_since=absent,
+            moving_since=moving,
+            usage=usage,
+            seen_at=now,
+            troubles=MappingProxyType(planner.troubles),
+            seen=snapshot,
+            resume_after=resume_after,
         ),
         unplaced=MappingProxyType(planner.unplaced),
-        warnings=tuple(planner.warnings()),
+        warnings=MappingProxyType(planner.warnings()),
         wake_after_seconds=min(waits, default=None),
     )
 
@@ -183,15 +198,20 @@ class _Planner:
         self,
         snapshot: Snapshot,
         *,
+        now: float,
         over: set[Life],
         patience: Mapping[ModelName, float],
         trends: Mapping[ModelName, Trend],
+        troubles: Mapping[ModelName, Trouble],
         config: ReconcileConfig,
     ) -> None:
         self.actions: list[Action] = []
         self.unplaced: dict[ModelName, PlacementFailed] = {}
         self._actual = snapshot
         self._assumed = snapshot
+        self.troubles: dict[ModelName, Trouble] = {}
+        self._now = now
+        self._known_troubles = troubles
         self._config = config
         self._patience = patience
         self._trends = trends
@@ -205,12 +225,26 @@ class _Planner:
         """Plan; return the model to resume after, empty when nothing is left to look for."""
         names = sorted({*self._actual.models, *self._actual.replicas})
         wanting = [name for name in names if self._end_what_is_not_wanted(name)]
+        hopeless = {name: t for name, t in self._known_troubles.items() if t.open(self._config.breaker)}
+        self.troubles.update(hopeless)
+        self.unplaced.update({name: hopeless[name].error for name in wanting if name in hopeless})
         # From where the last plan stopped, and round: no model waits behind others that fit nowhere.
+        wanting = [name for name in wanting if name not in hopeless]
         begin = bisect_right(wanting, resume_after)
         turn = [*wanting[begin:], *wanting[:begin]]
         for name in turn[: self._config.max_searches]:
             self._get_one(name)
-        return turn[self._config.max_searches - 1] if len(turn) > self._config.max_searches else ""
+        later = turn[self._config.max_searches :]
+        self.troubles.update({name: self._known_troubles[name] for name in later if name in self._known_troubles})
+        return turn[self._config.max_searches - 1] if later else ""
+
+    def next_looks(self) -> list[float]:
+        """Return in how many seconds models that fit nowhere are looked at again."""
+        breaker = self._config.breaker
+        return [
+            max(0.0, (t.ends_at(breaker) if t.open(breaker) else t.counted_at + breaker.tick_seconds) - self._now)
+            for t in self.troubles.values()
+        ]
 
     def _end_what_is_not_wanted(self, name: ModelName) -> bool:
         """Plan what ends replicas of a model; return whether it wants another one."""
@@ -292,8 +326,11 @@ class _Planner:
         except PlacementFailed as error:
             self.unplaced[name] = error
             old, new = self._live(model)
-            if isinstance(error, NoCapacity) and not new:
-                self._make_room(model, old)
+            room_comes = isinstance(error, NoCapacity) and not new and self._make_room(model, old)
+            if not room_comes and error.retry_after_seconds is None:
+                self.troubles[name] = failed_again(
+                    self._known_troubles.get(name), error, now=self._now, config=self._config.breaker
+                )
             return
         # A second claim on a device conflicts with the first: the node's turn comes again with the next snapshot.
         if plan.replica.node not in self._used_nodes:
@@ -301,18 +338,23 @@ class _Planner:
             self.actions.append(Place(plan=plan))
         self._assumed = with_placement(self._assumed, plan)
 
-    def _make_room(self, model: ModelRecord, old: Sequence[ReplicaRecord]) -> None:
-        """Replace a replica of the old revision in place, where the two do not fit side by side."""
+    def _make_room(self, model: ModelRecord, old: Sequence[ReplicaRecord]) -> bool:
+        """Replace a replica of the old revision in place, where the two do not fit side by side.
+
+        Returns:
+            Whether room is on its way.
+        """
         stopped, replicas = self._stopped(), self._replicas(model.spec.name)
         if any((r.state.leaving and r.id not in self._dead) or r.id in stopped for r in replicas):
-            return  # room is on its way
+            return True
         for replica in sorted((r for r in old if self._stoppable(r)), key=lambda r: (-r.id.index, r.id)):
             try:
                 plan_placement(without_replica(self._assumed, replica), model.spec.name)
             except PlacementFailed:
                 continue
             self._stop([replica], why=f"revision {model.revision} does not fit beside it")
-            return
+            return True
+        return False
 
     def _move(self, model: ModelRecord, new: Sequence[ReplicaRecord]) -> None:
         """Plan what becomes of a model's replicas on draining nodes."""
@@ -322,15 +364,24 @@ class _Planner:
             self._stop(move.stop, why=move.why)
             self._moves[model.spec.name] = move
 
-    def warnings(self) -> Iterator[str]:
-        """Yield what an operator should know beside what has no place."""
-        for name, move in sorted(self._moves.items()):
-            if name in self.unplaced:
-                for replica in move.left:
-                    yield (
-                        f"The node {replica.id.node} drains, and the replica {replica.id} has nowhere else to go: it"
-                        f" stops without a replacement in {max(0.0, self._patience[name]):.0f} s."
-                    )
+    def warnings(self) -> dict[ModelName, tuple[str, ...]]:
+        """Return what an operator should know beside what has no place."""
+        return {name: told for name in sorted(self.unplaced) if (told := (*self._left_alone(name), *self._stuck(name)))}
+
+    def _left_alone(self, name: ModelName) -> Iterator[str]:
+        trouble = self.troubles.get(name)
+        if trouble is not None and trouble.open(self._config.breaker):
+            yield (
+                f"The model {name} is unsatisfiable: no place is looked for in the next"
+                f" {trouble.ends_at(self._config.breaker) - self._now:.0f} s, unless capacity changes."
+            )
+
+    def _stuck(self, name: ModelName) -> Iterator[str]:
+        for replica in self._moves[name].left if name in self._moves else ():
+            yield (
+                f"The node {replica.id.node} drains, and the replica {replica.id} has nowhere else to go: it"
+                f" stops without a replacement in {max(0.0, self._patience[name]):.0f} s."
+            )
 
     def _superseded(
         self, model: ModelRecord, old: Sequence[ReplicaRecord], new: Sequence[ReplicaRecord]

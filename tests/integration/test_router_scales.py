@@ -4,8 +4,11 @@ import asyncio
 
 from localmesh.core.records import Policy
 from localmesh.scheduling.autoscale import AutoscaleConfig
+from localmesh.scheduling.breaker import BreakerConfig
 from localmesh.scheduling.reconcile import ReconcileConfig
-from tests.integration.router_kit import declare, eventually, ready, router_mesh
+from localmesh.v1 import router_service_pb2 as pb
+from localmesh.v1.router_service_pb2_grpc import RouterServiceStub
+from tests.integration.router_kit import MIB, declare, eventually, ready, router_mesh
 
 QUICK = ReconcileConfig(autoscale=AutoscaleConfig(busy_seconds=0.3, idle_seconds=1.0))
 
@@ -47,3 +50,32 @@ async def test_what_is_used_stays_while_what_is_idle_goes(etcd_endpoint: str, me
             node.open_gate.set()
         assert call.result() == "used/a/0"
         assert node.loads["used"] == 1
+
+
+async def test_what_fits_nowhere_is_left_alone_until_a_node_is_added(etcd_endpoint: str, mesh_name: str) -> None:
+    """F34: the case of LocalAI's users: room for one, two wanted. It trips, nothing flaps, and a new node wakes it."""
+    config = ReconcileConfig(breaker=BreakerConfig(tick_seconds=0.1))
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "big", Policy(min_replicas=2), memory_bytes=600 * MIB)
+        first = await mesh.node("a", memory_mib=1000, max_replicas_per_model=2)
+        router = await mesh.router(reconcile=config, reconcile_interval_seconds=0.1)
+        snapshot = await eventually(mesh.mirror, lambda s: len(ready(s, "big")) == 1)
+        (replica,) = ready(snapshot, "big")
+        stub = RouterServiceStub(mesh.channel(router))
+        async with asyncio.timeout(20):
+            while not any("is unsatisfiable" in w for w in await _warnings(stub)):
+                await asyncio.sleep(0.05)
+        explained = await stub.ExplainPlacement(pb.ExplainPlacementRequest(model="big"))
+        assert any("is unsatisfiable" in note for note in explained.notes)
+        await mesh.node("b", memory_mib=1000)
+        snapshot = await eventually(mesh.mirror, lambda s: len(ready(s, "big")) == 2)
+        assert {r.id.node for r in ready(snapshot, "big")} == {"a", "b"}
+        assert snapshot.replica(replica.id).create_revision == replica.create_revision
+        assert first.loads["big"] == 1
+        async with asyncio.timeout(20):
+            while any("is unsatisfiable" in w for w in await _warnings(stub)):
+                await asyncio.sleep(0.05)
+
+
+async def _warnings(stub: RouterServiceStub) -> list[str]:
+    return list((await stub.GetStatus(pb.GetStatusRequest())).warnings)
