@@ -1,4 +1,4 @@
-"""The benchmarks: python -m tests.bench [hop|engine|cold ...] [--quick] [--json].
+"""The benchmarks: python -m tests.bench [hop|engine|cold|estimate ...] [--quick] [--json].
 
 Each measures its baseline in the same run. See README.md in this folder for what was measured.
 """
@@ -7,9 +7,9 @@ import argparse
 import asyncio
 import os
 
-from tests.bench import cold, engine, hop
+from tests.bench import cold, engine, estimate, hop
 
-BENCHMARKS = {"hop": hop.run, "engine": engine.run, "cold": cold.run}
+BENCHMARKS = {"hop": hop.run, "engine": engine.run, "cold": cold.run, "estimate": estimate.run}
 
 
 def main() -> None:
