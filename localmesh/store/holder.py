@@ -271,8 +271,9 @@ class Holder:
                 self._took(presence, replica)
                 presence.taken, presence.published = taken, taken.count
         except LeaseGone:
-            self._away.set()
-            self._session_useless.set()
+            if session is self._session:  # a lease that was replaced meanwhile says nothing of the new one
+                self._away.set()
+                self._session_useless.set()
         except Conflict as conflict:
             self._conflicts += 1
             return conflict

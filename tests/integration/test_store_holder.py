@@ -11,6 +11,8 @@ from localmesh.core.errors import Conflict, StoreUnavailable
 from localmesh.core.ids import HolderId, ModelName, ReplicaId
 from localmesh.core.records import ModelSpec, ReplicaRecord
 from localmesh.store import Hold, Holder, HolderConfig
+from localmesh.store.access import LeaseGone
+from localmesh.store.presence import PresenceKeys
 from tests.integration.store_kit import (
     CLOCK,
     GIB,
@@ -275,6 +277,38 @@ async def test_a_lost_lease_is_replaced_and_every_lock_taken_anew(kit: Kit) -> N
         assert anew is not None
         assert anew.lease != stored.lease
         assert holder.in_flight(M0) == 1
+
+
+async def test_a_lock_that_fails_with_a_lease_of_yesterday_does_not_cost_the_new_one(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = await kit.mesh_with_a_ready_replica()
+    leases: list[int] = []
+    late, answered = asyncio.Event(), asyncio.Event()
+    take = PresenceKeys.take
+
+    async def slow_at_first(self, replica, snapshot, lease: int, count: int):
+        leases.append(lease)
+        if len(leases) > 1:
+            return await take(self, replica, snapshot, lease, count)
+        await late.wait()
+        answered.set()
+        raise LeaseGone("A lease has expired meanwhile.")
+
+    monkeypatch.setattr(PresenceKeys, "take", slow_at_first)
+    async with mirrored(kit), holding(kit, STICKY) as holder:
+        hold = await acquire(kit, holder, record)  # unprotected: etcd is slow
+        await kit.etcd.lease_revoke(leases[0])
+        granted = set(await kit.etcd.leases())
+        async with asyncio.timeout(10):
+            while not (new := set(await kit.etcd.leases()) - granted):
+                await asyncio.sleep(0.02)
+        await holder.ready()
+        late.set()
+        await answered.wait()
+        await eventually(lambda: hold.protected)
+        assert leases[-1] in new
+        hold.release()
 
 
 async def test_a_lock_is_not_taken_anew_on_a_replica_that_leaves(kit: Kit) -> None:
