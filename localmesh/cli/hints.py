@@ -25,6 +25,9 @@ _HINTS: Mapping[type[MeshError], str] = MappingProxyType(
         e.LoadFailed: "`localmesh logs MODEL` shows the engine's output.",
         e.SourceMissing: "Put the file there, or change `source` and apply the model again.",
         e.EngineUnavailable: "`localmesh nodes` says for each node what to install.",
+        e.BackendNotFound: "`localmesh backends` lists those that there are.",
+        e.BackendInUse: "Delete the models that use it, or say --force.",
+        e.BackendExists: "`localmesh backends` shows it.",
         e.Overloaded: "Try again, or raise max_replicas or max_concurrent_requests.",
         e.Unauthenticated: "Name a certificate of this mesh with --tls-cert, --tls-key and --tls-ca.",
     }

@@ -5,7 +5,14 @@ from collections.abc import Awaitable, Callable
 
 from localmesh import __version__
 from localmesh.app.exits import MEANING
-from localmesh.cli import commands_admin, commands_explain, commands_inference, commands_nodes, commands_run
+from localmesh.cli import (
+    commands_admin,
+    commands_backends,
+    commands_explain,
+    commands_inference,
+    commands_nodes,
+    commands_run,
+)
 from localmesh.cli.arguments import add_settings, keys_of
 from localmesh.cli.connection import Command
 
@@ -90,6 +97,9 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     nodes = _add(commands, "nodes", commands_nodes.nodes, "list nodes with their devices and engines")
     nodes.add_argument("-w", "--wide", action="store_true", help="with labels and keys")
     _add_node(commands)
+    backends = _add(commands, "backends", commands_backends.backends_of, "list the foreign backends of nodes")
+    backends.add_argument("node", nargs="?", metavar="NODE")
+    _add_backend(commands)
     replicas = _add(commands, "replicas", commands_admin.replicas, "list replicas")
     replicas.add_argument("model", nargs="?", metavar="MODEL")
     replicas.add_argument("--node", metavar="NODE", help="only on this node")
@@ -105,6 +115,32 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     logs.add_argument("--node", metavar="NODE", help="only on this node")
     logs.add_argument("-t", "--timestamps", action="store_true", help="with the time of each line")
     logs.add_argument("--tail", type=int, default=100, metavar="N", help="last lines of each replica [100]")
+
+
+def _add_backend(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    backend = commands.add_parser("backend", help="install, upgrade or delete a foreign backend on nodes")
+    verbs = backend.add_subparsers(dest="verb", metavar="VERB", required=True)
+    install = _add(verbs, "install", commands_backends.install, "bring a backend to nodes")
+    upgrade = _add(
+        verbs, "upgrade", commands_backends.upgrade, "replace a backend; replicas that run it finish and stop"
+    )
+    delete = _add(verbs, "delete", commands_backends.delete, "take a backend from nodes")
+    for verb in (install, upgrade, delete):
+        verb.add_argument("name", metavar="NAME", help='models use it as engine "process:NAME"')
+        where = verb.add_mutually_exclusive_group()
+        where.add_argument("--node", action="append", metavar="NODE", help="on this node; repeatable")
+        where.add_argument("--all-nodes", action="store_true", help="on all live nodes, or on all that have it")
+    for verb in (install, upgrade):
+        source = verb.add_mutually_exclusive_group(required=True)
+        source.add_argument("--archive", metavar="FILE", help="archive here, which is uploaded: tar, tar.gz, zip, ...")
+        source.add_argument("--archive-on-node", metavar="PATH", help="archive on the node; with --sha256")
+        source.add_argument("--dir", metavar="PATH", help="folder on the node, which is copied")
+        source.add_argument("--pip", action="append", metavar="REQUIREMENT", help="Python package; repeatable")
+        verb.add_argument("--sha256", metavar="HEX", help="of the archive on the node")
+        what = verb.add_mutually_exclusive_group()
+        what.add_argument("--module", metavar="MODULE", help="what to run of the packages: python -m MODULE")
+        what.add_argument("--script", metavar="SCRIPT", help="what to run of the packages: a console script")
+    delete.add_argument("--force", action="store_true", help="also while replicas run it: they finish and stop")
 
 
 def _add_node(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

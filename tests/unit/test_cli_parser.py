@@ -54,7 +54,7 @@ def test_wrong_usage_exits_with_2(words: list[str], capsys: pytest.CaptureFixtur
     "command",
     [
         *("up", "registry", "router", "worker", "apply", "delete", "models", "nodes", "replicas"),
-        *("generate", "chat", "embed", "tokenize", "status", "logs", "demo", "version"),
+        *("generate", "chat", "embed", "tokenize", "status", "logs", "demo", "version", "backends"),
     ],
 )
 def test_every_command_has_help_with_its_variables(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +84,15 @@ def test_what_is_no_index_is_refused_and_never_read_as_all_replicas(text: str) -
     """F49."""
     with pytest.raises(InvalidRequest):
         model_and_index(text)
+
+
+def test_a_backend_comes_from_exactly_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+    """F48."""
+    found = parse("backend", "install", "echo", "--pip", "a==1", "--pip", "b", "--module", "a.serve", "--node", "n1")
+    assert (found.name, found.pip, found.module, found.node) == ("echo", ["a==1", "b"], "a.serve", ["n1"])
+    for words in ([], ["--dir", "/x", "--archive", "y"], ["--pip", "a", "--module", "m", "--script", "s"]):
+        with pytest.raises(SystemExit):
+            parse("backend", "install", "echo", *words)
+    with pytest.raises(SystemExit):
+        parse("backend", "delete", "echo", "--node", "n1", "--all-nodes")
+    assert "usage:" in capsys.readouterr().err
