@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from localmesh.core.errors import InvalidRequest
+from localmesh.core.errors import InvalidRequest, NoCapacity
 from localmesh.core.ids import ModelName
 from localmesh.core.records import ModelRecord, Policy, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
@@ -14,7 +14,8 @@ from localmesh.rpc.convert import (
     replica_to_proto,
     spec_from_proto,
 )
-from localmesh.scheduling.explain import DeviceVerdict, Explanation, NodeVerdict, Outcome, explain
+from localmesh.scheduling.eviction import plan_eviction
+from localmesh.scheduling.explain import DeviceVerdict, Explanation, NodeVerdict, Outcome, explain, supposing
 from localmesh.store.codec import revision_of
 from localmesh.v1 import router_service_pb2 as pb
 
@@ -40,7 +41,7 @@ def explain_placement(snapshot: Snapshot, request: Any, *, connected: bool) -> A
     model, policy, dry_run = _asked(snapshot, request)
     name = model.spec.name
     found = explain(snapshot, model, policy, hypothetical=dry_run)
-    notes = list(found.notes)
+    notes = [*found.notes, *_eviction(supposing(snapshot, model, policy) if dry_run else snapshot, found, name)]
     if not connected:
         notes.append("etcd is silent: this is how the mesh was when it was heard last.")
     failures = [f for _, f in sorted(snapshot.failures.get(name, {}).items()) if f.revision in ("", model.revision)]
@@ -82,6 +83,15 @@ def _asked(snapshot: Snapshot, request: Any) -> tuple[ModelRecord, Policy, bool]
 
 def _policy(snapshot: Snapshot, request: Any, model: ModelName) -> Policy:
     return policy_from_proto(request.policy, model=model) if request.HasField("policy") else snapshot.policy(model)
+
+
+def _eviction(snapshot: Snapshot, found: Explanation, model: ModelName) -> list[str]:
+    """Return a note on what a request for the model would stop to make room."""
+    plan = plan_eviction(snapshot, model) if isinstance(found.failure, NoCapacity) else None
+    if plan is None:
+        return []
+    victims = ", ".join(str(victim.replica.id) for victim in plan.victims)
+    return [f"A request for it would stop {victims}, which nobody uses now, to make room on {plan.node}."]
 
 
 def _passed(verdict: NodeVerdict, *filters: str) -> bool:

@@ -56,3 +56,11 @@ def test_a_mesh_answers_soon_after_its_start() -> None:
     report = bench("cold")
     (ratio,) = only(report, "time_ratio")
     assert 1 < ratio < 100
+
+
+@pytest.mark.timeout(300)
+def test_the_estimate_is_near_what_a_replica_takes() -> None:
+    """F29."""
+    errors = only(bench("estimate"), "error")
+    assert len(errors) == 2
+    assert all(-0.3 < error < 0.5 for error in errors)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from localmesh.core.errors import InvalidRequest, InvalidSpec, ModelNotFound
-from localmesh.core.ids import CPU, ModelName, NodeName
+from localmesh.core.ids import CPU, HolderId, ModelName, NodeName, ReplicaId
 from localmesh.core.records import (
     ApprovalRecord,
     DeviceRecord,
@@ -16,6 +16,8 @@ from localmesh.core.records import (
     NodeRecord,
     Policy,
     PolicyRecord,
+    ReplicaRecord,
+    ReplicaState,
     SourceRecord,
 )
 from localmesh.core.snapshot import Snapshot
@@ -98,3 +100,24 @@ def test_what_cannot_be_explained_is_refused() -> None:
         ask(model="other", spec=spec_to_proto(SPEC))
     with pytest.raises(InvalidSpec):
         ask(spec=types_pb2.ModelSpec(name="x"))
+
+
+def test_what_would_be_stopped_to_make_room_is_told() -> None:
+    """F36, F44."""
+    other = ReplicaId(ModelName("other"), A, 0)
+    record = ReplicaRecord(id=other, state=ReplicaState.READY, revision="r", incarnation=1, devices={CPU: 45})
+    full = replace(MESH.devices[A][CPU], claims={other: 45})
+    spec = ModelSpec(name=other.model, backend="llama", source="o.gguf")
+    snapshot = replace(
+        MESH,
+        models={**MESH.models, other.model: ModelRecord(spec=spec, revision="r")},
+        devices={A: {CPU: full}},
+        replicas={other.model: {other: record}},
+    )
+    found = ask(snapshot, model="tiny")
+    assert not found.HasField("chosen")
+    assert any("would stop other/a/0, which nobody uses now, to make room on a" in note for note in found.notes)
+    busy = replace(snapshot, inflight={other: {HolderId("h"): 1}})
+    assert not any("would stop" in note for note in ask(busy, model="tiny").notes)
+    larger = ask(snapshot, spec=spec_to_proto(replace(SPEC, memory_bytes=20)))
+    assert any("would stop other/a/0" in note for note in larger.notes), "also before it is applied"

@@ -247,3 +247,40 @@ def test_what_is_over_a_lowered_budget_goes_on() -> None:
     decided = plan(view(record(M0), approval=smaller), running(M0))
     assert (decided.adopted, decided.stop) == ((M0,), ())
     assert decided.devices[0].unclaimed_bytes < 0
+
+
+def test_a_process_without_a_record_is_stopped_where_another_member_of_its_group_lives() -> None:
+    """F37: invariant 4 holds for what is taken over, too."""
+    other = ModelName("other")
+    policies = {m: PolicyRecord(policy=Policy(groups=("large",)), mod_revision=2) for m in (M, other)}
+    base = view()
+    spec = ModelSpec(name=other, backend="llama", source="x")
+    snapshot = replace(
+        base, policies=policies, models={**base.models, other: ModelRecord(spec=spec, revision="r1", mod_revision=2)}
+    )
+    first, second = running(M0), running(ReplicaId(other, N, 0))
+    decided = plan(snapshot, first, second)
+    assert (ids(decided.created), decided.stop) == ([M0], (second.id,))
+    apart = replace(snapshot, policies={**policies, other: PolicyRecord(policy=Policy(groups=("small",)))})
+    assert len(plan(apart, first, second).created) == 2
+
+
+def test_processes_that_are_taken_over_share_the_budget_of_a_unified_gpu_and_the_cpu() -> None:
+    """F9, F27."""
+    devices = (
+        DeviceFacts(id=CPU, kind="cpu", total_bytes=100, budget_bytes=100),
+        DeviceFacts(id=GPU, kind="gpu", total_bytes=100, budget_bytes=100, unified=True),
+    )
+    processes = (running(M0, devices={CPU: 60}), running(M1, devices={GPU: 60}))
+    reg = Registration(
+        node=N,
+        key_fingerprint="key",
+        endpoint="w:1",
+        devices=devices,
+        max_replicas_per_model=2,
+        running=processes,
+    )
+    decided = plan_registration(reg, view(), incarnation=9, token="t")
+    assert (ids(decided.created), decided.stop) == ([M0], (M1,))
+    apart = replace(reg, devices=(devices[0], replace(devices[1], unified=False)))
+    assert len(plan_registration(apart, view(), incarnation=9, token="t").created) == 2
