@@ -147,8 +147,8 @@ def test_both_machines_serve_what_one_router_takes(first: Any, second: Any) -> N
         "first-0/0": FIRST,
         "second/0": SECOND,
     }
-    served = first.asked(*operator(first), "8")
-    assert set(served) == {"first-0", "second"}
+    # what another test did a moment ago (a lost connection, calls that still count) may weigh on the first picks
+    first.until(lambda: set(first.asked(*operator(first), "8")) == {"first-0", "second"}, seconds=30)
     assert second.asked(*operator(first), "1")  # the router is reached from the second machine, too
 
 
