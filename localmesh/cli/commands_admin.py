@@ -164,12 +164,18 @@ async def _one_model(command: Command, name: str) -> int:
         *((("selector", selector),) if selector else ()),
         *(("selector", _term(term)) for term in policy.selector_terms),
         *((("groups", ", ".join(policy.groups)),) if policy.groups else ()),
-        *(("failure", f"on {failure.node}: {failure.reason}: {failure.message}") for failure in found.failures),
+        *((("pinned", "yes"),) if policy.pinned else ()),
+        *(("failure", _failure(failure)) for failure in found.failures),
     ):
         output.write_line(f"{title:<11} {text}")
     if found.replicas:
         output.write_line("\n" + _replica_table(found.replicas))
     return Exit.OK
+
+
+def _failure(failure: types.LoadFailure) -> str:
+    often = f" ({failure.attempts} times in a row)" if failure.attempts > 1 else ""
+    return f"on {failure.node}: {failure.reason}: {failure.message}{often}"
 
 
 def _term(term: types.SelectorTerm) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from localmesh.scheduling.failures import FailurePolicy
 from localmesh.store.membership import LeaseTimes
 
 
@@ -17,8 +18,8 @@ class RegistryConfig:
     """Nodes that wait for approval and are remembered at most: whoever reaches the registry may make up names."""
     leases: LeaseTimes = field(default_factory=LeaseTimes)
     """How long a node's presence and its records outlive its last heartbeat."""
-    failure_ttl_seconds: int = 60
-    """A node where a load failed is not tried again for this model and revision before that."""
+    failures: FailurePolicy = field(default_factory=FailurePolicy)
+    """When a node where a model failed is tried again for it."""
     write_seen_seconds: float = 2.0
     """How long an answer waits at most until this registry's own view shows what was written."""
     registered_seen_seconds: float = 0.5

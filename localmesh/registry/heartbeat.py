@@ -230,9 +230,8 @@ class WorkerStream:
                 )
                 logger.info("%s is %s", replica.id, record.state.name)
                 return record.mod_revision
-            case TakeExit(replica=replica, failure=failure):
-                ttl = self._around.config.failure_ttl_seconds
-                await store.exited(replica, failure=failure, failure_ttl_seconds=ttl)
+            case TakeExit(replica=replica, failure=failure, died=died):
+                await store.exited(replica, failure=failure, died=died, policy=self._around.config.failures)
                 logger.info("%s has exited%s", replica.id, f": {failure.reason}" if failure else "")
                 # The worker may have been given this name anew while that was written: only the exit is done with.
                 latest = self._reports[replica.id]

@@ -51,7 +51,7 @@ class Exit:
     """The process and all its children are gone."""
 
     reason: str = ""
-    """Name of an error reason; empty when it stopped as told."""
+    """Name of an error reason; empty when it stopped as told, or because its worker stops."""
     message: str = ""
     while_loading: bool = False
 
@@ -84,6 +84,8 @@ class TakeExit:
 
     replica: ReplicaRecord
     failure: FailureRecord | None
+    died: bool = False
+    """It was ready before: no load that failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,9 @@ def plan_reports(
             if _is_over(snapshot, report, record):
                 taken.append(report.id)
             elif record is not None and _is_about(report, record, incarnation):
-                commands.append(TakeExit(replica=record, failure=_failure(report, report.observed, record)))
+                failure = _failure(report, report.observed, record)
+                died = failure is not None and not report.observed.while_loading
+                commands.append(TakeExit(replica=record, failure=failure, died=died))
         elif record is not None and record.revision == report.revision and _is_about(report, record, incarnation):
             due = now - written.get(report.id, -math.inf) >= config.progress_seconds
             if isinstance(report.observed, Loading):
@@ -167,7 +171,7 @@ def _is_over(snapshot: Snapshot, report: Report, record: ReplicaRecord | None) -
 
 
 def _failure(report: Report, exit_: Exit, record: ReplicaRecord) -> FailureRecord | None:
-    if not exit_.while_loading or not exit_.reason or record.state.leaving:
+    if not exit_.reason or record.state.leaving:
         return None
     return FailureRecord(
         model=report.id.model,

@@ -119,7 +119,10 @@ def _failure(question: Question, node: NodeName) -> str | None:
     failure = question.snapshot.failures.get(question.model.spec.name, {}).get(node)
     if failure is None or failure.revision not in ("", question.model.revision):
         return None
-    return f"failed to load it a short while ago ({failure.reason}: {failure.message})"
+    if failure.reason == "REPLICA_LOST":
+        return f"loses it again and again ({failure.message})"
+    often = f"{failure.attempts} times in a row" if failure.attempts > 1 else "a short while ago"
+    return f"failed to load it {often} ({failure.reason}: {failure.message})"
 
 
 def _disk(question: Question, node: NodeName) -> str | None:

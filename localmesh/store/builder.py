@@ -14,6 +14,7 @@ from localmesh.store import codec
 from localmesh.store.keys import (
     DeviceKey,
     FailureKey,
+    HistoryKey,
     InflightKey,
     Keys,
     ModelKey,
@@ -130,6 +131,8 @@ class SnapshotBuilder:
                 self._single["leader"] = kv.value.decode(errors="replace")
             case SingleKey(Table.GUARD):
                 self._single["guarded"] = True
+            case HistoryKey():
+                pass  # only the transactions that write it need it
             case SingleKey():
                 pass  # the schema is checked when a component joins
 
@@ -153,7 +156,7 @@ class SnapshotBuilder:
                 self._single["leader"] = ""
             case SingleKey(Table.GUARD):
                 self._single["guarded"] = False
-            case SingleKey():
+            case SingleKey() | HistoryKey():
                 pass
 
 

@@ -35,6 +35,7 @@ class Table(Enum):
     PROGRESS = "progress"
     INFLIGHT = "inflight"
     FAILURES = "failures"
+    HISTORY = "history"
     GUARD = "guard"
     LEADER = "leader"
 
@@ -94,7 +95,15 @@ class FailureKey:
     node: NodeName
 
 
-ParsedKey = SingleKey | ModelKey | NodeKey | DeviceKey | ReplicaKey | InflightKey | FailureKey
+@dataclass(frozen=True, slots=True)
+class HistoryKey:
+    """`history/<model>/<node>`."""
+
+    model: ModelName
+    node: NodeName
+
+
+ParsedKey = SingleKey | ModelKey | NodeKey | DeviceKey | ReplicaKey | InflightKey | FailureKey | HistoryKey
 
 
 def device_id(text: str) -> DeviceId:
@@ -224,6 +233,10 @@ class Keys:
         """Key of the memory of a failed load."""
         return self._key(Table.FAILURES, f"{model}/{node}")
 
+    def history(self, model: ModelName, node: NodeName) -> bytes:
+        """Key of what went wrong with a model on a node lately."""
+        return self._key(Table.HISTORY, f"{model}/{node}")
+
     def _key(self, table: Table, tail: str) -> bytes:
         return f"{self._base}{table.value}/{tail}".encode()
 
@@ -277,6 +290,7 @@ _READERS: dict[Table, tuple[int, Callable[[Table, list[str]], ParsedKey]]] = {
     Table.PROGRESS: (3, _read_replica),
     Table.INFLIGHT: (4, lambda _, parts: InflightKey(_replica(*parts[:3]), holder_id(parts[3]))),
     Table.FAILURES: (2, lambda _, parts: FailureKey(model_name(parts[0]), node_name(parts[1]))),
+    Table.HISTORY: (2, lambda _, parts: HistoryKey(model_name(parts[0]), node_name(parts[1]))),
     Table.GUARD: (0, lambda table, _: SingleKey(table)),
     Table.LEADER: (0, lambda table, _: SingleKey(table)),
 }

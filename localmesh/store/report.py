@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from localmesh.core.errors import InvalidRequest
 from localmesh.core.ids import DeviceId
 from localmesh.core.records import FailureRecord, ProgressRecord, ReplicaRecord, ReplicaState
 from localmesh.etcd import KeyValue, Leadership
 from localmesh.etcd import transactions as t
+from localmesh.scheduling.failures import FailurePolicy
 from localmesh.store import codec
 from localmesh.store.access import LeaseGone, guard, unsettled
+from localmesh.store.history import Note, Remembering
 from localmesh.store.keys import SELF_HOLDER
-from localmesh.store.life import ReplicaAccess, StoredDevice, StoredReplica, conflict, same_life
+from localmesh.store.life import StoredDevice, StoredReplica, conflict, same_life
 from localmesh.store.registration import raised_claims
 
 _TRIES = 8
 
 
-class Reporting(ReplicaAccess):
+class Reporting(Remembering):
     """Transactions of what was observed. Reports are levels: whoever gets a Conflict reports again what is so then."""
 
     async def report(
@@ -35,8 +37,9 @@ class Reporting(ReplicaAccess):
         IF the replica is that placement under that incarnation, and as it was just read, THEN put state, endpoint and
         limit. A state never goes back: one that is leaving stays so, and an older report of one that is coming changes
         nothing. When it becomes READY, each of its claims becomes the larger of estimate and `measured` (bytes by
-        device), once: that puts its devices in the same transaction, as they were just read. Nothing is written where
-        nothing changes. An unknown outcome is settled by the value.
+        device), once: that puts its devices in the same transaction, as they were just read, and forgets loads of the
+        same revision that failed there before. Nothing is written where nothing changes. An unknown outcome is settled
+        by the value.
 
         Args:
             replica: The record as the snapshot shows it; `incarnation` must be the reporter's.
@@ -64,12 +67,14 @@ class Reporting(ReplicaAccess):
             value = codec.encode(stored.message)
             if value == before:
                 return stored.record
+            became_ready = stored.record.state.coming and state is ReplicaState.READY
+            note = await self.note_success(stored.record) if became_ready else Note()
             changed = [device for device in devices if device.id in claims]
             for device in changed:
                 codec.set_claim(device.message, replica.id, claims[device.id])
             outcome = await self.commit(
-                [stored.unchanged(), *(device.unchanged() for device in changed)],
-                [stored.put(), *(device.put() for device in changed)],
+                [stored.unchanged(), *(device.unchanged() for device in changed), *note.compare],
+                [stored.put(), *(device.put() for device in changed), *note.operations],
                 settle=self.settle_by_value(stored.put()),
             )
             if outcome.succeeded:
@@ -77,37 +82,44 @@ class Reporting(ReplicaAccess):
         raise conflict(replica.id)
 
     async def exited(
-        self, replica: ReplicaRecord, *, failure: FailureRecord | None = None, failure_ttl_seconds: int = 0
+        self,
+        replica: ReplicaRecord,
+        *,
+        failure: FailureRecord | None = None,
+        died: bool = False,
+        policy: FailurePolicy | None = None,
     ) -> None:
         """T7: the process and all its children are gone: delete the record and give the memory back.
 
         IF the replica is that placement under that incarnation, and it and its devices are as just read, THEN delete
         replica, progress and its own count, and remove its claims, or hand them to the replica that T3 named. With
-        `failure` the failed load is remembered under a lease of `failure_ttl_seconds`. One that is gone already, or
-        that was placed again since, changes nothing. An unknown outcome is settled by the absence of the record.
+        `failure` what went wrong is remembered, IF what is remembered of the model there is as just read, too: it keeps
+        the model away for a while that grows each time. One that is gone already, or that was placed again since,
+        changes nothing. An unknown outcome is settled by the absence of the record.
+
+        Args:
+            replica: The record as the snapshot shows it.
+            failure: Why it is gone, if that was not wanted.
+            died: It was READY before: that keeps the model away only if it happens again and again.
+            policy: For how long.
 
         Raises:
             Conflict: It was taken over by a later incarnation, or was being changed all the time.
             StoreUnavailable: etcd does not answer.
         """
-        failures: list[t.Op] = []
-        lease = 0
-        if failure is not None:
-            lease = await self.grant(max(1, failure_ttl_seconds))
-            key = self.keys.failure(failure.model, failure.node)
-            failures.append(t.put(key, codec.encode_failure(failure), lease))
+        policy = policy or FailurePolicy()
         for _ in range(_TRIES):
             stored, devices = await self.stored_with_devices(replica.id, replica.devices)
             if stored is None or stored.record.create_revision != replica.create_revision:
-                if lease:
-                    await self.revoke(lease)
                 return
             if stored.record.incarnation != replica.incarnation:
                 raise conflict(replica.id)
             if set(stored.record.devices) != set(replica.devices):
                 raise conflict(replica.id)
-            if await self._remove(stored, devices, [], failures):
+            note = Note() if failure is None else await self.note_failure(failure, died=died, policy=policy)
+            if await self._remove(stored, devices, note.compare, note.operations):
                 return
+            await self.withdraw(note)
         raise conflict(replica.id)
 
     async def forget_replica(self, replica: ReplicaRecord, *, leader: Leadership | None = None) -> None:
@@ -173,7 +185,7 @@ class Reporting(ReplicaAccess):
             return False
 
     async def _remove(
-        self, stored: StoredReplica, devices: list[StoredDevice], compare: list[t.Compare], more: list[t.Op]
+        self, stored: StoredReplica, devices: list[StoredDevice], compare: Sequence[t.Compare], more: Sequence[t.Op]
     ) -> bool:
         """Delete a replica and its claims; return False if something was not as read."""
         replica = stored.record

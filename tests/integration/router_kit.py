@@ -28,6 +28,7 @@ from localmesh.rpc.channels import ChannelPool
 from localmesh.rpc.metadata import MODEL, REPLICA, REVISION, SERVED_BY_REPLICA, first
 from localmesh.rpc.server import GrpcServer, ServerConfig
 from localmesh.rpc.tls import TlsFiles
+from localmesh.scheduling.failures import FailurePolicy
 from localmesh.store.holder import Holder, HolderConfig
 from localmesh.store.leader import LeaderElection
 from localmesh.store.membership import LeaseTimes
@@ -244,7 +245,7 @@ class FakeNode:
                     message=words,
                     revision=replica.revision,
                 )
-                await self._store.exited(replica, failure=failure, failure_ttl_seconds=5)
+                await self._store.exited(replica, failure=failure, policy=FailurePolicy(first_seconds=5))
                 return
             fake = FakeReplica(replica.id, replica.revision, limit=self._limit, gate=self.open_gate, tls=self._tls)
             await fake.start()

@@ -159,7 +159,7 @@ async def test_the_memory_of_an_evicted_replica_goes_to_the_one_it_was_evicted_f
 
 async def test_a_failed_load_is_remembered_under_a_lease_of_its_own(kit: Kit) -> None:
     """F42."""
-    await kit.store.exited(await kit.place(), failure=FAILURE, failure_ttl_seconds=60)
+    await kit.store.exited(await kit.place(), failure=FAILURE)
     snapshot = await kit.load()
     assert snapshot.failures[M][N] == FAILURE
     stored = await kit.etcd.get(kit.store.keys.failure(M, N))
@@ -173,7 +173,7 @@ async def test_a_failure_that_was_reported_before_leaves_no_lease_behind(kit: Ki
     record = await kit.place()
     await kit.store.exited(record)
     before = set(await kit.etcd.leases())
-    await kit.store.exited(record, failure=FAILURE, failure_ttl_seconds=600)
+    await kit.store.exited(record, failure=FAILURE)
     assert not (await kit.load()).failures
     assert set(await kit.etcd.leases()) <= before
 
@@ -228,7 +228,7 @@ async def test_lost_answers_are_settled(kit: Kit, losses: list[str | None]) -> N
     ready = await kit.report_ready(record)
     assert (await kit.load()).replica(M0) == ready
     kit.etcd.losses = list(losses)  # type: ignore[attr-defined]
-    await kit.store.exited(ready, failure=FAILURE, failure_ttl_seconds=60)
+    await kit.store.exited(ready, failure=FAILURE)
     snapshot = await kit.load()
     assert snapshot.replica(M0) is None
     assert snapshot.devices[N][CPU].claims == {}

@@ -147,7 +147,8 @@ def test_a_load_that_failed_is_remembered() -> None:
 @pytest.mark.parametrize(
     ("state", "exit_"),
     [
-        (ReplicaState.READY, Exit(reason="REPLICA_LOST")),
+        (ReplicaState.READY, Exit()),
+        (ReplicaState.UNLOADING, Exit(reason="REPLICA_LOST")),
         (ReplicaState.UNLOADING, Exit()),
         (ReplicaState.UNLOADING, Exit(reason="LOAD_FAILED", while_loading=True)),
         (ReplicaState.LOADING, Exit(while_loading=True)),
@@ -156,6 +157,15 @@ def test_a_load_that_failed_is_remembered() -> None:
 def test_other_exits_are_no_failures_to_load(state: ReplicaState, exit_: Exit) -> None:
     now = mesh(state)
     assert plan(now, exit_).commands == (TakeExit(replica=record(now), failure=None),)
+
+
+def test_the_death_of_a_ready_replica_is_told_apart_from_a_failed_load() -> None:
+    """F42."""
+    [command] = plan(ready(), Exit(reason="REPLICA_LOST", message="killed")).commands
+    assert isinstance(command, TakeExit)
+    assert command.died
+    assert command.failure is not None
+    assert (command.failure.reason, command.failure.message) == ("REPLICA_LOST", "killed")
 
 
 def test_an_exit_of_what_is_gone_is_taken() -> None:

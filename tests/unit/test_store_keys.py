@@ -8,6 +8,7 @@ from localmesh.core.ids import DeviceId, HolderId, ModelName, NodeName, ReplicaI
 from localmesh.store.keys import (
     DeviceKey,
     FailureKey,
+    HistoryKey,
     InflightKey,
     Keys,
     ModelKey,
@@ -40,6 +41,7 @@ GPU = DeviceId("GPU-5c2b-11")
         (KEYS.progress(REPLICA), ReplicaKey(Table.PROGRESS, REPLICA)),
         (KEYS.inflight(REPLICA, HolderId("router-1a")), InflightKey(REPLICA, HolderId("router-1a"))),
         (KEYS.failure(REPLICA.model, REPLICA.node), FailureKey(REPLICA.model, REPLICA.node)),
+        (KEYS.history(REPLICA.model, REPLICA.node), HistoryKey(REPLICA.model, REPLICA.node)),
     ],
 )
 def test_every_key_that_is_built_is_read_back(key: bytes, parsed: ParsedKey) -> None:
