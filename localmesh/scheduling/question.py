@@ -131,9 +131,20 @@ class Question:
 
         All are of one kind, a better kind before another, and of that the ones with most room, equal ones by name.
         """
-        needed, count = self.needed_bytes(name), self.device_count
+        if name not in self._choices:
+            self._choices[name] = self._choose(name)
+        return self._choices[name]
+
+    @cached_property
+    def _choices(self) -> dict[NodeName, dict[DeviceId, int] | None]:
+        return {}
+
+    def _choose(self, name: NodeName) -> dict[DeviceId, int] | None:
+        needed, count, devices = self.needed_bytes(name), self.device_count, self.devices(name)
+        if count == 1:
+            return next(({device.id: needed} for device, room in devices if room >= needed), None)
         for kind in self.kinds(name):
-            fitting = [d for d, room in self.devices(name) if d.kind == kind and room >= needed]
+            fitting = [d for d, room in devices if d.kind == kind and room >= needed]
             chosen = {device.id: needed for device in fitting[:count]}
             # Devices that share memory may each have room for one part, and not for all of them.
             if len(chosen) == count and min(self._left(name, chosen)) >= 0:
