@@ -26,7 +26,6 @@ from localmesh.worker.events import (
     Start,
     StartFailed,
     Stop,
-    StopAsked,
     Ticked,
     Wanted,
     WantedArrived,
@@ -334,18 +333,6 @@ def test_a_port_in_use_is_a_failed_load_to_others() -> None:
     d.want(wanted())
     d.tell(StartFailed(id=A, reason="PORT_IN_USE", message="9600"))
     assert d.observed().reason == "LOAD_FAILED"
-
-
-def test_a_change_of_its_backend_ends_a_replica_without_blame_and_no_other() -> None:
-    """F48, F49: exactly those that are named are stopped."""
-    d = Driven()
-    d.ready()
-    assert d.want(wanted(state=S.READY), wanted(B)) == [Start(id=B, revision="r1", spec=SPEC, devices={CPU: 10})]
-    asked = StopAsked(ids=frozenset({A}), message="its backend echo is upgraded")
-    assert d.tell(asked) == [Stop(id=A, drain=True)]
-    d.tell(Exited(id=A, returncode=0))
-    assert d.observed() == Outcome(message="its backend echo is upgraded")
-    assert d.tell(asked) == []
 
 
 def test_the_worker_s_end_stops_all_and_starts_nothing() -> None:
