@@ -120,9 +120,7 @@ def plan_registration(reg: Registration, view: Snapshot, *, incarnation: int, to
         NodeNameTaken: The name belongs to another key.
     """
     known_approval = view.approvals.get(reg.node)
-    approval = admit(
-        reg.node, reg.key_fingerprint, known_approval, auto_approve=reg.auto_approve, vouched=reg.vouched
-    )
+    approval = admit(reg.node, reg.key_fingerprint, known_approval, auto_approve=reg.auto_approve, vouched=reg.vouched)
     running = {r.id: r for r in reg.running if r.id.node == reg.node}
     records = {record.id: record for record in view.all_replicas() if record.id.node == reg.node}
     kept = tuple(
