@@ -66,8 +66,8 @@ class LogBook:
                     found.append(ReplicaLog(path, replica=replica, life=life, limit_bytes=self._limit_bytes))
         for log in sorted(found, key=lambda each: each.life):
             log.adopt()
-            with suppress(OSError):
-                log.take(log.look(log.path.stat().st_mtime))
+            while not log.complete:
+                log.take(log.look(_written_at(log.path)))
             self._lives[log.life] = log
             self._last_life = log.life
             self._keep(log)
@@ -211,6 +211,13 @@ def _push(heads: _Heads, reader: LogReader, lines: deque[LogLine]) -> None:
     if lines:
         line = lines.popleft()
         heapq.heappush(heads, (line.order, line, reader, lines))
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _look_at(logs: Iterable[ReplicaLog], now: float) -> list[Look]:

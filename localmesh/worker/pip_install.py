@@ -20,6 +20,13 @@ _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _SCRIPT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LAST_LINES = 20
 _LINE_BYTES = 64 << 10
+_DIES_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Sets PR_SET_PDEATHSIG, which outlives the exec: a worker that is killed leaves no pip behind."""
 _HAS_MODULE = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
@@ -125,7 +132,7 @@ async def _run(
     """Run a program to its end, and return its exit code and last lines. Cancelled, end it and all that it started."""
     kept = {k: v for k, v in environment.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     process = await asyncio.create_subprocess_exec(
-        *words,
+        *(sys.executable, "-c", _DIES_WITH_PARENT, str(os.getpid()), *words),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -97,6 +97,9 @@ def test_a_backend_is_uploaded_serves_is_upgraded_under_load_and_deleted(mesh, t
 
     assert mesh.run("delete", "foreign").returncode == 0
     mesh.until(lambda: not mesh.json("replicas")["replicas"])
+    assert mesh.run("backend", "delete", "echo", "--node", nodes[0]).returncode == 0
+    rest = mesh.run("backend", "upgrade", "echo", "--archive", str(first), "--all-nodes")
+    assert rest.stdout.count("upgraded") == 1, "a node without the backend is not touched"
     deleted = mesh.run("backend", "delete", "echo", "--all-nodes")
     assert deleted.returncode == 0, deleted.stderr
     assert "no backends" in mesh.run("backends").stdout

@@ -95,6 +95,13 @@ def uploaded(data: bytes) -> types.BackendSource:
     return types.BackendSource(archive=types.BackendArchive(sha256=digest, size_bytes=len(data)))
 
 
+async def to_end(call: Any) -> list[Any]:
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
+
+
 @contextlib.contextmanager
 def refused(kind: type[Exception], words: str = "") -> Any:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -220,11 +227,40 @@ async def test_two_requests_for_the_same_install_share_one_that_outlives_its_cal
             assert (await first.read()).progress.phase == types.BACKEND_PHASE_WAITING
             assert (await second.read()).progress.phase == types.BACKEND_PHASE_WAITING
             first.cancel()
-        responses = []
-        while (response := await second.read()) is not grpc.aio.EOF:
-            responses.append(response)
+        responses = await to_end(second)
         assert (responses[-1].backend.generation, responses[-1].unchanged) == (1, False)
         assert (backends.folder.last_generation("fake"), node.leftovers()) == (1, [])
+
+
+async def test_a_long_change_of_one_backend_holds_up_no_other(tmp_path: Path) -> None:
+    """F48."""
+    source = backend_folder(tmp_path / "source")
+    async with a_node(tmp_path) as node:
+        await node.install(source, name="slow")
+        async with asyncio.TaskGroup() as group:
+            async with node.worker.backends.lock("slow"):
+                waiting = group.create_task(node.upgrade(source, name="slow"))
+                assert (await node.install(source, name="quick"))[-1].backend.generation == 1
+                assert not waiting.done()
+        assert waiting.result()[-1].backend.generation == 2
+
+
+async def test_a_worker_that_is_told_to_stop_gives_up_an_install_and_leaves_nothing(tmp_path: Path) -> None:
+    """F48."""
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "setup.py").write_text("import signal; signal.pause()")
+    async with a_node(tmp_path) as node:
+        call = node.stub.InstallBackend(timeout=60)
+        order = types.BackendOrder(name="slow", source=_pip([str(slow)], module="slow"))
+        await call.write(pb.InstallBackendRequest(order=order))
+        progress = await call.read()
+        while "installing" not in progress.progress.message:
+            progress = await call.read()
+        node.worker.stop()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await to_end(call)
+    assert not node.leftovers()
 
 
 async def test_a_failed_install_leaves_nothing_and_says_why(tmp_path: Path) -> None:
