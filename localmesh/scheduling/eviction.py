@@ -13,7 +13,7 @@ from localmesh.core.errors import PlacementFailed
 from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId
 from localmesh.core.records import ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
-from localmesh.scheduling.assume import without_replica
+from localmesh.scheduling.assume import without_replicas
 from localmesh.scheduling.filters import FILTERS, judge
 from localmesh.scheduling.placement import plan_placement
 from localmesh.scheduling.question import Question
@@ -22,8 +22,8 @@ MAX_VICTIMS = 16
 """Replicas stopped at most for one: all go in one transaction."""
 _MAX_KEEPERS = 64
 """Replicas that one transaction watches over at most."""
-_TRIES_PER_NODE = 200
-"""Sets of victims that are looked at on a node before a good one is taken for the best."""
+_MOST_TRIES = 400
+"""Sets of victims that are looked at before a good one is taken for the best. Planning holds up the process."""
 _NODES_IN_SENTENCE = 4
 _REPLICAS_IN_SENTENCE = 6
 _CURABLE = ("group", "memory")
@@ -93,16 +93,17 @@ def plan_eviction(
     record = snapshot.models.get(model)
     if record is None or snapshot.guarded or _room_is_coming(snapshot, model):
         return None
-    return _Search(snapshot, model, last_used, protected, hopeful=False).best()
+    search = _Search(snapshot, model, last_used, protected, hopeful=False)
+    return None if search.has_room else search.best()
 
 
 def obstacles(snapshot: Snapshot, model: ModelName, *, protected: frozenset[ReplicaId] = frozenset()) -> Obstacles:
     """Return what is in the way of an eviction for the model, where `plan_eviction` finds none."""
     if model not in snapshot.models:
         return Obstacles(sentence="", may_pass=False)
-    search = _Search(snapshot, model, by_age, protected, hopeful=True)
     if snapshot.guarded:
         return Obstacles(sentence="nothing is stopped while many nodes are away at once", may_pass=True)
+    search = _Search(snapshot, model, by_age, protected, hopeful=True)
     coming = _room_is_coming(snapshot, model)
     return Obstacles(sentence=search.sentence(), may_pass=coming or search.best() is not None)
 
@@ -112,11 +113,11 @@ def _room_is_coming(snapshot: Snapshot, model: ModelName) -> bool:
     leaving = [r for r in snapshot.all_replicas() if r.state.leaving and snapshot.present(r)]
     if any(r.memory_for is not None and r.memory_for.model == model for r in leaving):
         return True
-    for replica in leaving:
-        if replica.memory_for is None:
-            snapshot = without_replica(snapshot, replica)
+    freed = [r for r in leaving if r.memory_for is None]
+    if not freed:
+        return False
     try:
-        plan_placement(snapshot, model)
+        plan_placement(without_replicas(snapshot, freed), model)
     except PlacementFailed:
         return False
     return True
@@ -148,9 +149,12 @@ class _Search:
         self._last_used = last_used
         self._protected = protected
         self._hopeful = hopeful
+        self._tries = _MOST_TRIES
         self._members = snapshot.group_members(model)
         self._loaded = _loaded(snapshot)
-        verdicts = judge(self._question(snapshot))
+        self._asked = self._question(snapshot)
+        verdicts = judge(self._asked)
+        self.has_room = any(v.failed is None for v in verdicts)
         self._nodes = [v.node for v in verdicts if v.failed is not None and v.failed.name in _CURABLE]
         self._by_node: dict[NodeName, list[ReplicaRecord]] = {node: [] for node in self._nodes}
         for replica in snapshot.all_replicas():
@@ -158,22 +162,48 @@ class _Search:
                 self._by_node[replica.id.node].append(replica)
 
     def best(self) -> EvictionPlan | None:
-        """Return the best plan of all nodes."""
-        found: list[tuple[tuple[int, list[int], NodeName], EvictionPlan]] = []
-        most = MAX_VICTIMS
-        for node in self._nodes:
-            victims = self._victims(node, most)
+        """Return the best plan: the fewest victims, then those used longest ago, then the first node by name."""
+        best: tuple[tuple[int, list[int]], NodeName, list[ReplicaRecord]] | None = None
+        for bound, node in sorted((bound, n) for n in self._nodes if (bound := self._bound(n)) is not None):
+            if best is not None and (best[0][0], best[0][1][0]) < bound:
+                break  # no set of this or of any later node can be better
+            if self._tries <= (0 if best is not None else -_MOST_TRIES):
+                break
+            victims = self._victims(node, MAX_VICTIMS if best is None else best[0][0])
             if victims is not None:
-                most = min(most, len(victims))
-                used = sorted((self._last_used(v) for v in victims), reverse=True)
-                found.append(((len(victims), used, node), self._plan(node, victims)))
-        return min(found, key=lambda ranked: ranked[0])[1] if found else None
+                key = (len(victims), sorted((self._last_used(v) for v in victims), reverse=True))
+                if best is None or (key, node) < best[:2]:
+                    best = (key, node, victims)
+        return None if best is None else self._plan(best[1], best[2])
+
+    def _bound(self, node: NodeName) -> tuple[int, int] | None:
+        """Return how many must go at least, and how young one of so many is at least; None if hopeless."""
+        candidates = self._candidates(node)
+        if not candidates:
+            return None
+        members = [r for r in candidates if r.id.model in self._members]
+        freed = [sum(r.devices.values()) for r in (*self._going(node), *members)]
+        rooms = [room for _, room in self._asked.devices(node)]
+        short = self._asked.needed_bytes(node) - max(rooms, default=0) - sum(freed)
+        fewest = len(members)
+        for size in sorted((sum(r.devices.values()) for r in candidates if r not in members), reverse=True):
+            if short <= 0 and fewest:
+                break
+            short, fewest = short - size, fewest + 1
+        if short > 0 or fewest > MAX_VICTIMS:
+            return None
+        return fewest, self._last_used(candidates[fewest - 1])
+
+    def _going(self, node: NodeName) -> list[ReplicaRecord]:
+        """Return what is being stopped on a node, and for nobody."""
+        present = self._snapshot.present
+        return [r for r in self._by_node[node] if r.state.leaving and present(r) and r.memory_for is None]
 
     def sentence(self) -> str:
         """Say for each node that lacks only room what keeps it from being made."""
-        nodes = [f"on {node} {text}" for node in self._nodes if (text := self._kept(node))]
-        more = f"; and on {len(nodes) - _NODES_IN_SENTENCE} more nodes" if len(nodes) > _NODES_IN_SENTENCE else ""
-        return "; ".join(nodes[:_NODES_IN_SENTENCE]) + more
+        nodes = [f"on {n} {text}" for n in self._nodes[:_NODES_IN_SENTENCE] if (text := self._kept(n))]
+        left = len(self._nodes) - _NODES_IN_SENTENCE
+        return "; ".join(nodes) + (f"; and {left} more nodes" if nodes and left > 0 else "")
 
     def _kept(self, node: NodeName) -> str:
         kept = [(r, why) for r in sorted(self._by_node[node], key=lambda r: r.id) if (why := self._why_not(r))]
@@ -228,20 +258,21 @@ class _Search:
         """Return the best set on a node, if there is one of that size."""
         local = self._local(node)
         candidates = self._candidates(node)
+        bound = self._bound(node)
+        if bound is None or not self._fits(local, node, candidates):
+            return None
         # Members of the model's groups must go in any case; one that must stay keeps the node from passing.
         members = [r for r in candidates if r.id.model in self._members]
         others = [r for r in candidates if r.id.model not in self._members]
-        if not self._fits(local, node, candidates):
-            return None
-        tries = _TRIES_PER_NODE
-        for extra in range(min(most - len(members), len(others)) + 1):
+        fewest = max(0, bound[0] - len(members))
+        for extra in range(fewest, min(most - len(members), len(others)) + 1):
             for chosen in _oldest_first(others, extra):
                 victims = [*members, *chosen]
+                if self._tries <= 0:
+                    return self._good_enough(local, node, members, others, most)
+                self._tries -= 1
                 if victims and self._keeps_minimum(victims) and self._fits(local, node, victims):
                     return victims
-                tries -= 1
-                if not tries:
-                    return self._good_enough(local, node, members, others, most)
         return None
 
     def _good_enough(
@@ -253,6 +284,7 @@ class _Search:
         most: int,
     ) -> list[ReplicaRecord] | None:
         """Return a set without a replica too many, where there are too many sets to look at all."""
+        self._tries -= len(others)
         victims = list(members)
         for replica in sorted(others, key=lambda r: -sum(r.devices.values())):  # stable: the older before the younger
             if self._fits(local, node, victims):
@@ -276,9 +308,7 @@ class _Search:
         return keepers <= _MAX_KEEPERS
 
     def _fits(self, local: Snapshot, node: NodeName, victims: Sequence[ReplicaRecord]) -> bool:
-        for victim in victims:
-            local = without_replica(local, victim)
-        question = self._question(local)
+        question = self._question(without_replicas(local, victims))
         return all(f.check(question, node) is None for f in _FROM_GROUP_ON)
 
     def _local(self, node: NodeName) -> Snapshot:
@@ -297,18 +327,13 @@ class _Search:
             devices={node: snapshot.devices.get(node, {})},
             measured={n: m for n, m in snapshot.measured.items() if n == node},
         )
-        for replica in here:
-            if replica.state.leaving and snapshot.present(replica) and replica.memory_for is None:
-                local = without_replica(local, replica)
-        return local
+        return without_replicas(local, self._going(node))
 
     def _plan(self, node: NodeName, victims: Sequence[ReplicaRecord]) -> EvictionPlan:
-        local = self._local(node)
-        for victim in victims:
-            local = without_replica(local, victim)
+        local = without_replicas(self._local(node), victims)
         gone = {v.id for v in victims}
         return EvictionPlan(
-            heir=self._question(self._snapshot).replica(node),
+            heir=self._asked.replica(node),
             node=node,
             incarnation=self._snapshot.nodes[node].incarnation,
             devices=MappingProxyType(self._question(local).choice(node) or {}),

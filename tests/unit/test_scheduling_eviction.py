@@ -1,6 +1,7 @@
 """What is stopped to make room: little, idle, long unused, and never what is protected."""
 
 from dataclasses import replace
+from time import process_time
 from typing import Any
 
 import pytest
@@ -301,3 +302,20 @@ def test_an_eviction_makes_room_and_breaks_nothing(state: Snapshot) -> None:
 def test_a_served_mesh_of_the_kit_has_something_to_stop() -> None:
     state = add_model(nodes(), "m", revision="r", policy=Policy(), memory=60)
     assert evict(want(serve(state, 1), 50)) == ["m/n0/0"]
+
+
+def test_a_plan_for_a_large_fleet_holds_nothing_up() -> None:
+    """F36: planning runs in the router's event loop. The number of sets looked at is bounded, whatever the fleet."""
+    state = nodes(40)
+    for i in range(40):
+        for size in (3, 5, 7, 11, 13, 17, 19):
+            plan = ReplicaId(ModelName(f"m{size}"), NodeName(f"n{i}"), 0)
+            if plan.model not in state.models:
+                state = add_model(state, plan.model, revision="r", policy=Policy(), memory=size)
+            chosen = plan_placement(state, plan.model, exclude_nodes=frozenset(state.nodes) - {plan.node})
+            state = set_state(with_placement(state, chosen), chosen.replica, READY)
+    wanted = want(state, 99)
+    began = process_time()
+    plan_eviction(wanted, NEW)
+    obstacles(wanted, NEW)
+    assert process_time() - began < 1.0
