@@ -1,21 +1,19 @@
 """T2 and the life of a holder against a real etcd."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from localmesh.core.errors import Conflict, StoreUnavailable
-from localmesh.core.ids import HolderId, ModelName, ReplicaId
+from localmesh.core.ids import HolderId, ReplicaId
 from localmesh.core.records import ModelSpec, ReplicaRecord
 from localmesh.store import Hold, Holder, HolderConfig
 from localmesh.store.access import LeaseGone
 from localmesh.store.presence import PresenceKeys
 from tests.integration.store_kit import (
     CLOCK,
-    GIB,
     M0,
     Kit,
     M,
@@ -449,73 +447,3 @@ async def test_the_last_use_is_a_clock_of_its_own_requests(kit: Kit) -> None:
 async def test_a_name_that_cannot_be_part_of_a_key_is_refused(kit: Kit) -> None:
     with pytest.raises(ValueError, match="not a holder"):
         Holder(kit.mirror, "a/b")
-
-
-async def test_locks_and_unloads_under_load_never_meet(kit: Kit) -> None:
-    """F12; invariant 2: holders work on replicas while an evictor tries to unload whatever is idle."""
-    await kit.model()
-    await kit.node(gib=8, slots=8)
-    for index in range(4):
-        await kit.ready(ReplicaId(M, N, index))
-    quickest = HolderConfig(linger_seconds=0.0)
-    broken: list[str] = []
-    served = unloaded = 0
-    async with mirrored(kit), holding(kit, quickest) as one, holding(kit, quickest) as two:
-
-        async def work(holder: Holder, number: int) -> None:
-            nonlocal served
-            for round_ in itertools.count():
-                if unloaded >= 3 and served >= 100:
-                    return
-                snapshot = kit.mirror.snapshot
-                routable = [r for r in snapshot.replicas_of(M) if snapshot.routable(r)]
-                if not routable:
-                    await asyncio.sleep(0.01)
-                    continue
-                replica = routable[(number % 2 + round_ // 20) % len(routable)]
-                try:
-                    hold = await holder.acquire(replica, snapshot, soon())
-                except Conflict:
-                    await asyncio.sleep(0)
-                    continue
-                try:
-                    if not hold.protected:
-                        continue
-                    stored = await kit.store.stored_replica(replica.id)
-                    if hold.protected and (stored is None or stored.record.state.leaving):
-                        broken.append(f"{replica.id} was unloaded under a request")
-                    served += 1
-                finally:
-                    hold.release()
-
-        async def evict(working: asyncio.Event) -> None:
-            nonlocal unloaded
-            while not working.is_set():
-                for replica in list(kit.mirror.snapshot.replicas_of(M)):
-                    try:
-                        if await kit.store.unload_replica(replica):
-                            unloaded += 1
-                            await kit.store.exited(replica)
-                            await kit.ready(replica.id)
-                    except Conflict:
-                        continue
-                await asyncio.sleep(0.005)
-
-        done = asyncio.Event()
-        async with asyncio.TaskGroup() as group, asyncio.timeout(60):
-            group.create_task(evict(done))
-            async with asyncio.TaskGroup() as workers:
-                for number in range(4):
-                    workers.create_task(work(one if number % 2 else two, number))
-            done.set()
-    assert broken == []
-
-
-async def test_models_do_not_get_in_each_other_s_way(kit: Kit) -> None:
-    """An edit of one model makes no lock on another one fail."""
-    record = await kit.mesh_with_a_ready_replica()
-    async with mirrored(kit), holding(kit) as holder:
-        snapshot = await kit.seen(record.mod_revision)
-        await kit.model(ModelName("another"))
-        assert (await holder.acquire(record, snapshot, soon())).protected
-        assert snapshot.free_bytes(record) == 3 * GIB
