@@ -21,8 +21,6 @@ from tests.integration.store_kit import (
     store_kit,
 )
 
-QUICK = HolderConfig(linger_seconds=0.4)
-
 
 @pytest.fixture
 async def kit(etcd_endpoint: str, mesh_name: str) -> AsyncIterator[Kit]:
