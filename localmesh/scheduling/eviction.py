@@ -104,8 +104,7 @@ def obstacles(snapshot: Snapshot, model: ModelName, *, protected: frozenset[Repl
     if snapshot.guarded:
         return Obstacles(sentence="nothing is stopped while many nodes are away at once", may_pass=True)
     search = _Search(snapshot, model, by_age, protected, hopeful=True)
-    coming = _room_is_coming(snapshot, model)
-    return Obstacles(sentence=search.sentence(), may_pass=coming or search.best() is not None)
+    return Obstacles(sentence=search.sentence(), may_pass=_room_is_coming(snapshot, model) or search.hopeful())
 
 
 def _room_is_coming(snapshot: Snapshot, model: ModelName) -> bool:
@@ -148,7 +147,7 @@ class _Search:
         self._name = model
         self._last_used = last_used
         self._protected = protected
-        self._hopeful = hopeful
+        self._takes_busy = hopeful
         self._tries = _MOST_TRIES
         self._members = snapshot.group_members(model)
         self._loaded = _loaded(snapshot)
@@ -198,6 +197,32 @@ class _Search:
         """Return what is being stopped on a node, and for nobody."""
         present = self._snapshot.present
         return [r for r in self._by_node[node] if r.state.leaving and present(r) and r.memory_for is None]
+
+    def hopeful(self) -> bool:
+        """Return whether there would be room once all that may ever be stopped is idle, and stopped."""
+        return any(self._fits(self._hoped(node), node, self._spared(node)) for node in self._nodes)
+
+    def _hoped(self, node: NodeName) -> Snapshot:
+        """Return the mesh with one node, without what is being stopped there, and what was handed over is used up.
+
+        Whoever gets memory now can be stopped later, like everybody else.
+        """
+        local = self._local(node)
+        local = without_replicas(local, [r for r in self._by_node[node] if r.state.leaving])
+        here = {r.id for r in self._by_node[node] if not r.state.leaving}
+        devices = {
+            key: replace(device, claims={r: n for r, n in device.claims.items() if r in here or r.model == self._name})
+            for key, device in local.devices[node].items()
+        }
+        return replace(local, devices={node: devices})
+
+    def _spared(self, node: NodeName) -> list[ReplicaRecord]:
+        """Return what may be stopped on a node, and all of it together, the least recently used first."""
+        found: list[ReplicaRecord] = []
+        for replica in self._candidates(node):
+            if self._keeps_minimum([*found, replica]):
+                found.append(replica)
+        return found
 
     def sentence(self) -> str:
         """Say for each node that lacks only room what keeps it from being made."""
@@ -250,7 +275,7 @@ class _Search:
         found = [
             r
             for r in self._by_node[node]
-            if not r.state.leaving and not self._never(r) and (self._hopeful or not self._not_now(r))
+            if not r.state.leaving and not self._never(r) and (self._takes_busy or not self._not_now(r))
         ]
         return sorted(found, key=lambda r: (self._last_used(r), r.id))
 

@@ -55,7 +55,8 @@ def check(history: list[Snapshot]) -> None:
             if replica.state is ReplicaState.UNLOADING and (known is None or known.state is not replica.state):
                 assert not before.inflight.get(replica.id)
         for model in now.replicas:
-            assert sum(1 for _ in now.replicas_of(model)) <= 1
+            here = [replica.id.node for replica in now.replicas_of(model)]
+            assert len(here) == len(set(here))
 
 
 async def two_models_and_room_for_one(mesh: RouterMesh, policy: Policy | None = None) -> tuple[FakeNode, Snapshot]:
@@ -194,3 +195,30 @@ async def test_what_a_router_that_died_made_free_is_there_for_who_asks_next(etcd
         assert await mesh.store.evict(eviction)
         assert await mesh.call(router, "two", timeout=30.0) == "two/a/0"
         check(await every_revision(mesh.store, start))
+
+
+async def test_many_models_share_few_places_under_constant_change(etcd_endpoint: str, mesh_name: str) -> None:
+    """F36, F37; invariants 1, 2 and 4: two routers, callers of all models at once, and each is answered."""
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        for name in ("a", "b"):
+            await mesh.node(name, memory_mib=100)
+        start = await mesh.store.load()
+        names = ["one", "two", "three", "four", "five"]
+        for name in names:
+            policy = Policy(groups=("g",)) if name in ("one", "two") else None
+            await declare(mesh.store, name, policy, memory_bytes=60 * MIB)
+        routers = [await mesh.router(name) for name in ("r1", "r2")]
+
+        async def caller(number: int) -> None:
+            for turn in range(3):
+                name = names[(number + 2 * turn) % len(names)]
+                await mesh.call(routers[number % 2], name, timeout=55.0)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(8):
+                group.create_task(caller(number))
+        history = await every_revision(mesh.store, start)
+        check(history)
+        for now in history:
+            both = {m: {r.id.node for r in now.replicas_of(ModelName(m))} for m in ("one", "two")}
+            assert not both["one"] & both["two"]

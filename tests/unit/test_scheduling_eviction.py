@@ -101,6 +101,29 @@ def test_what_is_stopped_for_somebody_else_is_no_room() -> None:
     assert evict(want(state, 50)) == ["b/n0/0"]
 
 
+def test_what_is_made_free_for_others_is_worth_waiting_for() -> None:
+    """F36: who gets it now can be stopped later. Also between exit and placement, when only a claim is there."""
+    state = set_state(load(nodes(), "a", 100), first("a"), ReplicaState.UNLOADING)
+    heir = add_model(want(state, 50), "other", revision="r", policy=Policy(), memory=100)
+    leaving = {first("a"): replace(heir.replicas[ModelName("a")][first("a")], memory_for=first("other"))}
+    stopping = replace(heir, replicas={ModelName("a"): leaving})
+    assert not evict(stopping)
+    assert obstacles(stopping, NEW).may_pass
+    device = replace(stopping.devices[NodeName("n0")][CPU], claims={first("other"): 100})
+    handed = replace(stopping, replicas={}, devices={NodeName("n0"): {CPU: device}})
+    assert not evict(handed)
+    assert obstacles(handed, NEW).may_pass
+
+
+def test_a_minimum_of_two_on_one_node_is_not_worth_waiting_for() -> None:
+    """F36."""
+    state = nodes(slots=2)
+    for used in (1, 2):
+        state = load(state, "a", 50, used=used, min_replicas=1)
+    assert not obstacles(want(state, 60), NEW).may_pass
+    assert obstacles(want(hold(state, first("a")), 50), NEW).may_pass
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_held_replica_stays_even_when_the_count_is_zero(count: int) -> None:
     """F36: a presence is a lock, whatever the number in it."""
