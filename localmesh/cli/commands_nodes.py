@@ -11,6 +11,7 @@ from localmesh.cli.tables import Column
 from localmesh.core.budgets import EVERY_DEVICE
 from localmesh.core.errors import InvalidRequest
 from localmesh.v1 import registry_service_pb2 as registry
+from localmesh.v1 import router_service_pb2 as router
 from localmesh.v1 import types_pb2 as types
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
@@ -47,6 +48,19 @@ async def nodes(command: Command) -> int:
     output.write_line(node_table(found, wide=wide) if found else "no nodes; start one with `localmesh worker`")
     for note in (*_waiting_notes(found), *_engine_notes(found)):
         output.write_line(note)
+    return Exit.OK
+
+
+async def release_guard(command: Command) -> int:
+    """`guard release`: let what is on silent nodes be replaced."""
+    async with connect(command.config) as mesh:
+        response = await mesh.router.ReleaseGuard(router.ReleaseGuardRequest(), timeout=command.timeout)
+    if command.json:
+        output.print_message(response)
+    elif response.released:
+        output.write_line(f"the guard is released; taken for dead unless they come back: {', '.join(response.nodes)}")
+    else:
+        output.write_line("the guard was not on")
     return Exit.OK
 
 

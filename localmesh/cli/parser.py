@@ -100,6 +100,7 @@ def _add_admin(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     backends = _add(commands, "backends", commands_backends.backends_of, "list the foreign backends of nodes")
     backends.add_argument("node", nargs="?", metavar="NODE")
     _add_backend(commands)
+    _add_guard(commands)
     replicas = _add(commands, "replicas", commands_admin.replicas, "list replicas")
     replicas.add_argument("model", nargs="?", metavar="MODEL")
     replicas.add_argument("--node", metavar="NODE", help="only on this node")
@@ -141,6 +142,12 @@ def _add_backend(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         what.add_argument("--module", metavar="MODULE", help="what to run of the packages: python -m MODULE")
         what.add_argument("--script", metavar="SCRIPT", help="what to run of the packages: a console script")
     delete.add_argument("--force", action="store_true", help="also while replicas run it: they finish and stop")
+
+
+def _add_guard(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    guard = commands.add_parser("guard", help="the guard that is on while many nodes are silent at once")
+    verbs = guard.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add(verbs, "release", commands_nodes.release_guard, "end it: take silent nodes for dead and replace what they had")
 
 
 def _add_node(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -55,6 +55,8 @@ class Snapshot:
     failures: Mapping[ModelName, Mapping[NodeName, FailureRecord]] = field(default_factory=_empty)
     guarded: bool = False
     """The mass-expiry guard is on."""
+    guarded_nodes: frozenset[NodeName] = frozenset()
+    """The nodes that it was set for."""
     leader: str = ""
     """Name of the elected reconciler."""
 
@@ -84,14 +86,16 @@ class Snapshot:
 
     def usable(self, node: NodeName) -> bool:
         """Whether new work may go to the node: present, approved, not cordoned or draining."""
+        return node in self.nodes and self._in_use(node)
+
+    def _in_use(self, node: NodeName) -> bool:
         approval = self.approvals.get(node)
-        return (
-            node in self.nodes
-            and approval is not None
-            and approval.approved
-            and not approval.cordoned
-            and not approval.draining
-        )
+        return approval is not None and approval.approved and not approval.cordoned and not approval.draining
+
+    def silent(self, replica: ReplicaRecord) -> bool:
+        """Whether the replica's node is only not heard, by what the guard says: it may well answer."""
+        node = replica.id.node
+        return self.guarded and node in self.guarded_nodes and node not in self.nodes and self._in_use(node)
 
     def max_replicas_on(self, node: NodeName) -> int:
         """Return how many replicas of one model a node may hold: the operator's override, else its worker's word.
@@ -139,6 +143,8 @@ class Snapshot:
     def routable_replicas(self, model: ModelName) -> list[ReplicaRecord]:
         """Return the replicas that requests may be sent to: READY, present, on a usable node, of a routable revision.
 
+        Under the guard also those that were last known on nodes that are only not heard.
+
         T4 says which revisions are routable. The current one always is; older ones are until a replica of the current
         one can be picked, unless the rollout is immediate.
         """
@@ -148,7 +154,7 @@ class Snapshot:
         ready = [
             r
             for r in self.replicas_of(model)
-            if r.state is ReplicaState.READY and self.present(r) and self.usable(r.id.node)
+            if r.state is ReplicaState.READY and ((self.present(r) and self.usable(r.id.node)) or self.silent(r))
         ]
         current = [r for r in ready if r.revision == record.revision]
         return current if current or self.policy(model).immediate else ready

@@ -98,6 +98,7 @@ class Router:
         )
         servicer = RouterServicer(
             config,
+            store,
             mirror,
             clock,
             self._cold,

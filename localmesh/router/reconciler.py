@@ -7,6 +7,7 @@ compares the leader's key, an action that fails is left to the next plan, and on
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from localmesh.core.clock import Clock
@@ -16,6 +17,7 @@ from localmesh.core.snapshot import Snapshot
 from localmesh.etcd import Leadership
 from localmesh.router.placer import Placer
 from localmesh.router.reclaimer import Reclaimer
+from localmesh.scheduling.guard import LiftGuard, SetGuard
 from localmesh.scheduling.reconcile import (
     Action,
     Drain,
@@ -110,14 +112,40 @@ class Reconciler:
                             config=self._config,
                             waiting=self._waiting(),
                         )
-                        state, wake_after = plan.state, plan.wake_after_seconds
+                        before, state, wake_after = state.guard, plan.state, plan.wake_after_seconds
                         self._unplaced, self._warnings = plan.unplaced, plan.warnings
+                        if plan.guard is not None and not await self._guard(plan.guard, leadership):
+                            state = replace(state, guard=before)
                         for action in plan.actions:
                             self._begin(action, snapshot, leadership, actions)
                     await self._next(snapshot.revision, wake_after)
         finally:
             self._unplaced, self._warnings = MappingProxyType({}), MappingProxyType({})
             logger.info("this router is the reconciler no more")
+
+    async def _guard(self, step: SetGuard | LiftGuard, leadership: Leadership) -> bool:
+        """Set or lift the guard, before anything else is planned; return whether that is done."""
+        try:
+            match step:
+                case SetGuard(nodes=nodes):
+                    logger.warning("nothing is placed or stopped: lost at once: %s", ", ".join(sorted(nodes)))
+                    revision = await self._store.put_guard(nodes, leader=leadership)
+                    await self._seen(revision)
+                case LiftGuard(why=why):
+                    if await self._store.clear_guard(leader=leadership):
+                        logger.warning("the guard is lifted: %s", why)
+        except MeshError as error:
+            logger.warning("the guard is as it was: %s", error)
+            return False
+        return True
+
+    async def _seen(self, revision: int) -> None:
+        """Wait until the view shows a revision, but not for ever."""
+        deadline = self._clock.monotonic() + self._interval_seconds
+        try:
+            await self._mirror.wait_for(_newer_than(revision - 1), deadline)
+        except TimeoutError:
+            logger.warning("the view of the store does not catch up with revision %d", revision)
 
     def _begin(self, action: Action, snapshot: Snapshot, leadership: Leadership, actions: asyncio.TaskGroup) -> None:
         key = _key(action)

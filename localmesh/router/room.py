@@ -59,6 +59,8 @@ class RoomMaker:
         async with self._one_at_a_time:
             for _ in range(_ATTEMPTS):
                 snapshot = self._mirror.snapshot
+                if snapshot.guarded:
+                    return Room(may_come=True, in_the_way="nothing is stopped while many nodes are silent (guard)")
                 needed = self._usage.needed(snapshot)
                 plan = plan_eviction(snapshot, model, last_used=self._usage.last_used, protected=needed)
                 if plan is None:

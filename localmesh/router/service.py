@@ -19,6 +19,7 @@ from localmesh.router.logs import LogRelay, LogSelection
 from localmesh.router.views import coming, require_model
 from localmesh.router.warnings import warnings_of
 from localmesh.rpc.convert import model_name_of, node_name_of, replica_to_proto
+from localmesh.store.mesh import MeshStore
 from localmesh.store.mirror import Mirror
 from localmesh.v1 import router_service_pb2 as pb
 from localmesh.v1 import router_service_pb2_grpc
@@ -31,6 +32,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
 
     Args:
         config: Of the router.
+        store: The transactions.
         mirror: The view of the mesh.
         clock: The time.
         cold: Loads models.
@@ -42,6 +44,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
     def __init__(
         self,
         config: RouterConfig,
+        store: MeshStore,
         mirror: Mirror,
         clock: Clock,
         cold: ColdLoader,
@@ -50,6 +53,7 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         worries: Callable[[ModelName | None], list[str]],
     ) -> None:
         self._config = config
+        self._store = store
         self._mirror = mirror
         self._clock = clock
         self._cold = cold
@@ -127,6 +131,12 @@ class RouterServicer(router_service_pb2_grpc.RouterServiceServicer):
         if not response.dry_run:
             response.notes.extend(self._worries(ModelName(response.model)))
         return response
+
+    async def ReleaseGuard(self, request: Any, context: Any) -> Any:  # noqa: ARG002 - grpc's signature
+        """See the proto."""
+        nodes = self._mirror.snapshot.guarded_nodes
+        released = await self._store.clear_guard()
+        return pb.ReleaseGuardResponse(released=released, nodes=sorted(nodes) if released else [])
 
     async def StreamLogs(self, request: Any, context: Any) -> None:
         """See the proto."""

@@ -38,7 +38,10 @@ def _nodes(snapshot: Snapshot) -> Iterator[str]:
         elif node not in snapshot.nodes:
             yield f"The node {node} is away."
     if snapshot.guarded:
-        yield "Many nodes went away at once: nothing is placed or stopped until they are back."
+        yield (
+            f"Many nodes fell silent at once ({', '.join(sorted(snapshot.guarded_nodes))}): nothing is replaced or"
+            " stopped until they are back, for 10 min at most. `localmesh guard release` ends it."
+        )
     if not snapshot.leader:
         yield "No router is the reconciler: nothing is kept at its minimum or replaced."
 

@@ -132,7 +132,8 @@ REGISTRY_METHODS: Final[Mapping[str, frozenset[str]]] = {
 _BACKEND_CHANGES: Final = ("Install", "Upgrade", "Delete")
 
 ROUTER_METHODS: Final[Mapping[str, frozenset[str]]] = {
-    f"/localmesh.v1.RouterService/{verb}NodeBackend": frozenset({"operator"}) for verb in _BACKEND_CHANGES
+    "/localmesh.v1.RouterService/ReleaseGuard": frozenset({"operator"}),
+    **{f"/localmesh.v1.RouterService/{verb}NodeBackend": frozenset({"operator"}) for verb in _BACKEND_CHANGES},
 }
 """Methods of the router that are not for every identity of the mesh."""
 

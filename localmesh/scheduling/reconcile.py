@@ -19,6 +19,7 @@ from localmesh.scheduling.assume import with_placement, without_replica
 from localmesh.scheduling.autoscale import AutoscaleConfig, Trend, Usage, next_change, observe, trend
 from localmesh.scheduling.breaker import BreakerConfig, Trouble, failed_again, remaining
 from localmesh.scheduling.draining import Move, on_draining_nodes, plan_move
+from localmesh.scheduling.guard import GuardConfig, GuardState, LiftGuard, SetGuard, watch
 from localmesh.scheduling.placement import PlacementPlan, plan_placement
 
 _MORE_SECONDS = 1.0
@@ -39,6 +40,8 @@ class ReconcileConfig:
     """When the number of replicas follows the load."""
     breaker: BreakerConfig = field(default_factory=BreakerConfig)
     """When a model that fits nowhere is left alone."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """When many nodes that are lost at once are not believed to be dead."""
     max_coming_per_model: int = 4
     """Replicas of one model that may be loading at once on the reconciler's account."""
     max_searches: int = 32
@@ -62,6 +65,8 @@ class ReconcileState:
     """Models that were found no place for."""
     seen: Snapshot | None = None
     """What the last plan was made of: a change of capacity is seen by it."""
+    guard: GuardState = field(default_factory=GuardState)
+    """Which nodes were lost of late."""
     resume_after: str = ""
     """Model at which the last plan stopped looking for places; empty when it got through."""
 
@@ -109,6 +114,8 @@ class Plan:
     """To be given to the next plan."""
     unplaced: Mapping[ModelName, PlacementFailed] = field(default_factory=lambda: MappingProxyType({}))
     """Models that need a replica which fits nowhere, and why."""
+    guard: SetGuard | LiftGuard | None = None
+    """What becomes of the mass-expiry guard."""
     warnings: Mapping[ModelName, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """What else an operator should know of a model, a sentence each."""
     wake_after_seconds: float | None = None
@@ -135,8 +142,10 @@ def reconcile(
     config = config or ReconcileConfig()
     absent = _absent_since(snapshot, now=now, before=state.absent_since)
     usage = _usage(snapshot, now=now, before=state, waiting=waiting, config=config.autoscale)
-    if snapshot.guarded:
-        return Plan(actions=(), state=replace(state, absent_since=absent, usage=usage, seen_at=now))
+    guard, guard_step = watch(snapshot, now=now, before=state.guard, config=config.guard)
+    if snapshot.guarded or guard_step is not None:
+        state = replace(state, absent_since=absent, usage=usage, seen_at=now, guard=guard)
+        return Plan(actions=(), state=state, guard=guard_step)
     over = {life for life, since in absent.items() if now - since >= config.dead_after_seconds}
     waits = [since + config.dead_after_seconds - now for life, since in absent.items() if life not in over]
     moving = _moving_since(snapshot, now=now, before=state.moving_since)
@@ -160,6 +169,7 @@ def reconcile(
             seen_at=now,
             troubles=MappingProxyType(planner.troubles),
             seen=snapshot,
+            guard=guard,
             resume_after=resume_after,
         ),
         unplaced=MappingProxyType(planner.unplaced),

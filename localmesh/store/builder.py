@@ -130,7 +130,8 @@ class SnapshotBuilder:
             case SingleKey(Table.LEADER):
                 self._single["leader"] = kv.value.decode(errors="replace")
             case SingleKey(Table.GUARD):
-                self._single["guarded"] = True
+                self._single["guarded"] = True  # whatever is in it
+                self._single["guarded_nodes"] = codec.decode_guard(kv.value)
             case HistoryKey():
                 pass  # only the transactions that write it need it
             case SingleKey():
@@ -155,7 +156,7 @@ class SnapshotBuilder:
             case SingleKey(Table.LEADER):
                 self._single["leader"] = ""
             case SingleKey(Table.GUARD):
-                self._single["guarded"] = False
+                self._single["guarded"], self._single["guarded_nodes"] = False, frozenset()
             case SingleKey() | HistoryKey():
                 pass
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId, model_name
+from localmesh.core.ids import DeviceId, ModelName, NodeName, ReplicaId, model_name, node_name
 from localmesh.core.labels import Operator, SelectorTerm
 from localmesh.core.records import (
     ApprovalRecord,
@@ -319,6 +319,14 @@ def decode_measured(value: bytes) -> MeasuredRecord:
         cpu_load=message.cpu_load,
         disk_free_bytes=_size(message.disk_free_bytes),
     )
+
+
+def decode_guard(value: bytes) -> frozenset[NodeName]:
+    """Read the nodes that the guard is set for; none where it cannot be read: it is a guard all the same."""
+    try:
+        return frozenset(node_name(n) for n in fresh(pb.Guard, value).nodes)
+    except ValueError:
+        return frozenset()
 
 
 def fill_sources(message: pb.Sources, sources: Mapping[ModelName, SourceRecord]) -> None:

@@ -162,6 +162,9 @@ class Holder:
         while True:
             if (hold := self.try_acquire(replica)) is not None:
                 return hold
+            if snapshot.silent(replica):
+                # Under the guard nothing is stopped, and there is no presence that a lock could compare.
+                return self._begun(self._presence_of(replica.id))
             now = self._clock.monotonic()
             if now >= patient_until:
                 self._away.set()

@@ -7,6 +7,7 @@ from localmesh.etcd import RevisionCompactedError, prefix_end
 from localmesh.store.builder import Complaints, SnapshotBuilder
 from localmesh.store.desired import Desired
 from localmesh.store.errors import translated, unavailable
+from localmesh.store.guarding import Guarding
 from localmesh.store.membership import Membership
 from localmesh.store.oversight import Oversight
 from localmesh.store.placement import Placing
@@ -17,7 +18,7 @@ _PAGE_KEYS = 2000
 _LOAD_TRIES = 3
 
 
-class MeshStore(Membership, Placing, Unloading, Reporting, Desired, Oversight):
+class MeshStore(Membership, Placing, Unloading, Reporting, Desired, Oversight, Guarding):
     """All transactions of one mesh. Stateless, and safe for any number of tasks at once.
 
     Every method is one documented transaction of DESIGN.md section 4 and says what it compares, what it writes, and how

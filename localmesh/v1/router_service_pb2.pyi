@@ -483,6 +483,51 @@ class ListNodeBackendsResponse(_message.Message):
 Global___ListNodeBackendsResponse: _TypeAlias = ListNodeBackendsResponse  # noqa: Y015
 
 @_typing.final
+class ReleaseGuardRequest(_message.Message):
+    """Request for ReleaseGuard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseGuardRequest: _TypeAlias = ReleaseGuardRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseGuardResponse(_message.Message):
+    """Response of ReleaseGuard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASED_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    released: _builtins.bool
+    """It was on."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that it was on for."""
+
+    def __init__(
+        self,
+        *,
+        released: _builtins.bool = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "released", b"released"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseGuardResponse: _TypeAlias = ReleaseGuardResponse  # noqa: Y015
+
+@_typing.final
 class ExplainPlacementRequest(_message.Message):
     """Request for ExplainPlacement."""
 

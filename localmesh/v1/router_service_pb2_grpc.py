@@ -71,6 +71,11 @@ class RouterServiceStub(object):
                 request_serializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsRequest.SerializeToString,
                 response_deserializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsResponse.FromString,
                 _registered_method=True)
+        self.ReleaseGuard = channel.unary_unary(
+                '/localmesh.v1.RouterService/ReleaseGuard',
+                request_serializer=localmesh_dot_v1_dot_router__service__pb2.ReleaseGuardRequest.SerializeToString,
+                response_deserializer=localmesh_dot_v1_dot_router__service__pb2.ReleaseGuardResponse.FromString,
+                _registered_method=True)
         self.ExplainPlacement = channel.unary_unary(
                 '/localmesh.v1.RouterService/ExplainPlacement',
                 request_serializer=localmesh_dot_v1_dot_router__service__pb2.ExplainPlacementRequest.SerializeToString,
@@ -145,6 +150,14 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseGuard(self, request, context):
+        """Ends the mass-expiry guard: nodes that fell silent at once are taken for dead from now on. For operators.
+        Errors: ERROR_REASON_STORE_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainPlacement(self, request, context):
         """Why the next replica of a model would go where it would go, and why not elsewhere, or why it cannot go anywhere: by
         the same rules as the placement itself, on what this router knows. Changes nothing.
@@ -191,6 +204,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.ListNodeBackends,
                     request_deserializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsRequest.FromString,
                     response_serializer=localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsResponse.SerializeToString,
+            ),
+            'ReleaseGuard': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseGuard,
+                    request_deserializer=localmesh_dot_v1_dot_router__service__pb2.ReleaseGuardRequest.FromString,
+                    response_serializer=localmesh_dot_v1_dot_router__service__pb2.ReleaseGuardResponse.SerializeToString,
             ),
             'ExplainPlacement': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainPlacement,
@@ -389,6 +407,33 @@ class RouterService(object):
             '/localmesh.v1.RouterService/ListNodeBackends',
             localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsRequest.SerializeToString,
             localmesh_dot_v1_dot_router__service__pb2.ListNodeBackendsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseGuard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/localmesh.v1.RouterService/ReleaseGuard',
+            localmesh_dot_v1_dot_router__service__pb2.ReleaseGuardRequest.SerializeToString,
+            localmesh_dot_v1_dot_router__service__pb2.ReleaseGuardResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,7 @@ from localmesh.store.leader import LeaderElection
 from localmesh.store.membership import LeaseTimes
 from localmesh.store.mesh import MeshStore
 from localmesh.store.mirror import Mirror
-from localmesh.store.registration import DeviceFacts, Registered, Registration
+from localmesh.store.registration import DeviceFacts, Registered, Registration, RunningReplica
 
 MIB = 1 << 20
 CLOCK = SystemClock()
@@ -176,10 +176,27 @@ class FakeNode:
                 ),
                 engines=(EngineInfo(name="llama", available=True),),
                 max_replicas_per_model=self._max_replicas_per_model,
+                running=tuple(self._running(fake) for fake in self.replicas.values()),
                 auto_approve=True,
             ),
             LeaseTimes(presence_seconds=self._presence_seconds, record_seconds=60),
         )
+
+    def _running(self, fake: FakeReplica) -> RunningReplica:
+        record = self._mirror.snapshot.replica(fake.id)
+        return RunningReplica(
+            id=fake.id,
+            revision=fake.revision,
+            state=ReplicaState.READY,
+            endpoint=fake.endpoint,
+            limit=fake.limit,
+            devices=record.devices if record is not None else {},
+        )
+
+    async def fall_silent(self) -> None:
+        """Lose the presence, as when nobody renews it for its time; replicas go on. `register` ends it."""
+        assert self._registered is not None
+        await self._store.revoke(self._registered.incarnation)
 
     async def run(self) -> None:
         """Live until cancelled. Being cancelled is being killed: nothing is said to anybody."""

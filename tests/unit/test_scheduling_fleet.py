@@ -14,6 +14,7 @@ from localmesh.core.records import (
 from localmesh.core.snapshot import Snapshot
 from localmesh.scheduling.assume import without_replica
 from localmesh.scheduling.autoscale import AutoscaleConfig
+from localmesh.scheduling.guard import LiftGuard, SetGuard
 from localmesh.scheduling.reconcile import (
     Drain,
     Forget,
@@ -34,6 +35,15 @@ POLICIES = st.builds(
     st.integers(0, 2),
     st.booleans(),
 )
+
+
+def guarded(snapshot: Snapshot, result: Plan) -> Snapshot:
+    match result.guard:
+        case SetGuard(nodes=nodes):
+            return replace(snapshot, guarded=True, guarded_nodes=nodes)
+        case LiftGuard():
+            return replace(snapshot, guarded=False, guarded_nodes=frozenset())
+    return snapshot
 
 
 class Fleet(RuleBasedStateMachine):
@@ -113,7 +123,7 @@ class Fleet(RuleBasedStateMachine):
         if approval is not None:
             self.snapshot = drain(self.snapshot, name, draining=not approval.draining)
 
-    @rule(seconds=st.sampled_from([0.0, 1.0, 20.0, 40.0]))
+    @rule(seconds=st.sampled_from([0.0, 1.0, 20.0, 40.0, 700.0]))
     def tick(self, seconds: float) -> None:
         self.now += seconds
         before = self.snapshot
@@ -121,7 +131,7 @@ class Fleet(RuleBasedStateMachine):
         again = reconcile(before, now=self.now, state=self.state, config=self.config)
         assert (again.actions, again.state, [*again.unplaced]) == (result.actions, result.state, [*result.unplaced])
         self.check(before, result)
-        self.snapshot, self.state = apply(before, result.actions), result.state
+        self.snapshot, self.state = guarded(apply(before, result.actions), result), result.state
 
     @rule()
     def settle(self) -> None:
@@ -130,13 +140,14 @@ class Fleet(RuleBasedStateMachine):
         for _ in range(60):
             result = reconcile(self.snapshot, now=self.now, state=self.state, config=self.config)
             self.check(self.snapshot, result)
-            self.snapshot, self.state = apply(self.snapshot, result.actions), result.state
+            self.snapshot, self.state = guarded(apply(self.snapshot, result.actions), result), result.state
             idle = 0 if result.actions else idle + 1
             if idle == 3:  # three models, two looked at in each plan: all had their turn
                 return
         raise AssertionError(f"the plan never ends: {kinds(result)}")
 
     def check(self, before: Snapshot, result: Plan) -> None:
+        assert not result.actions or not (before.guarded or result.guard), "the guard is on: nothing is done"
         touched = [a.replica.id for a in result.actions if not isinstance(a, Place)]
         assert len(set(touched)) == len(touched), "one action for a replica at most"
         dead = {r.id for r in before.all_replicas() if (r.id.node, r.incarnation) in self._over(result.state)}
