@@ -38,8 +38,9 @@ def _nodes(snapshot: Snapshot) -> Iterator[str]:
         elif node not in snapshot.nodes:
             yield f"The node {node} is away."
     if snapshot.guarded:
+        lost = ", ".join(sorted(snapshot.guarded_nodes))
         yield (
-            f"Many nodes fell silent at once ({', '.join(sorted(snapshot.guarded_nodes))}): nothing is replaced or"
+            f"Many nodes fell silent at once ({lost}): nothing is replaced or"
             " stopped until they are back, for 10 min at most. `localmesh guard release` ends it."
         )
     if not snapshot.leader:

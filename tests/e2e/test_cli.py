@@ -38,6 +38,12 @@ def test_a_model_is_applied_listed_asked_and_deleted(mesh) -> None:
     mesh.until(lambda: not mesh.json("replicas", "cycle")["replicas"])
 
 
+def test_a_guard_that_is_not_on_is_released_for_nothing(mesh) -> None:
+    """F10."""
+    assert mesh.run("guard", "release").stdout == "the guard was not on\n"
+    assert mesh.json("guard", "release") == {"released": False, "nodes": []}
+
+
 def test_json_has_the_same_keys_as_the_protos(mesh) -> None:
     apply(mesh, "keys")
     models = mesh.json("models")["models"]

@@ -184,7 +184,7 @@ def test_a_healthy_mesh_gives_no_warning() -> None:
         (replace(_mesh(), nodes={}), "The node a is away"),
         (replace(_mesh(), nodes={}), "No worker is registered"),
         (replace(_mesh(), leader=""), "No router is the reconciler"),
-        (replace(_mesh(), guarded=True), "Many nodes went away at once"),
+        (replace(_mesh(), guarded=True), "Many nodes fell silent at once"),
         (replace(_mesh(), approvals={A: ApprovalRecord(key_fingerprint="k", approved=False)}), "waits for approval"),
         (replace(_mesh(), policies={M: PolicyRecord(policy=Policy(min_replicas=2))}), "has 0 of at least 2"),
         (_failing(), "could not be loaded on the node a: bad magic"),
