@@ -90,6 +90,35 @@ async def test_a_confirmed_exit_gives_the_memory_back_and_a_failed_load_is_remem
         assert (failure.reason, failure.message, failure.revision) == ("LOAD_FAILED", "bad magic", wanted.revision)
 
 
+async def test_what_dies_again_and_again_is_kept_away_and_the_model_says_why(
+    registry: Registry, channel: grpc.aio.Channel
+) -> None:
+    """F42: the circuit of a crash loop, with the reason in GetModel."""
+    worker = FakeWorker()
+    await worker.register(channel)
+    async with worker.stream(channel) as stream:
+        wanted = await place_on(registry, worker, stream)
+        for deaths in (1, 2, 3):
+            await stream.say(worker.report(wanted, serving=serving()))
+            await registry.replica(ReplicaState.READY)
+            await stream.say(worker.report(wanted, exited=pb.ReplicaExited(reason="REPLICA_LOST", message="SIGSEGV")))
+            await registry.replica(None)
+            if deaths < 3:
+                assert not registry.mirror.snapshot.failures
+                placed = (await place(registry)).create_revision
+                wanted = await worker.told(lambda w, p=placed: _placement(w, p))
+        await registry.until(lambda s: s.failures.get(M, {}).get(NodeName("n1")))
+    found = await rpc.RegistryServiceStub(channel).GetModel(pb.GetModelRequest(name=M))
+    [failure] = found.failures
+    assert (failure.reason, failure.attempts) == ("REPLICA_LOST", 3)
+    assert failure.message == "it died 3 times soon after it was ready, the last time so: SIGSEGV"
+
+
+def _placement(worker: FakeWorker, placement: int) -> pb.WantedReplica | None:
+    latest = worker.wanted[-1].replicas if worker.wanted else []
+    return next((r for r in latest if r.placement == placement), None)
+
+
 async def test_an_unloading_replica_is_told_to_stop_and_leaves_no_failure(
     registry: Registry, channel: grpc.aio.Channel
 ) -> None:
