@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _BREATH_SECONDS = 0.1
 """Between two plans at least: counts of requests change much more often than there is something to do."""
+_BREATH_PER_PLAN = 4.0
+"""And this many times as long as a plan has taken: requests run in the same loop."""
 
 
 class Reconciler:
@@ -102,7 +104,7 @@ class Reconciler:
             async with asyncio.TaskGroup() as actions:
                 actions.create_task(self._reclaimer.run(leadership))
                 while True:
-                    snapshot = self._mirror.snapshot
+                    begun, snapshot = self._clock.monotonic(), self._mirror.snapshot
                     wake_after: float | None = None
                     if self._mirror.connected:
                         plan = reconcile(
@@ -118,7 +120,7 @@ class Reconciler:
                             state = replace(state, guard=before)
                         for action in plan.actions:
                             self._begin(action, snapshot, leadership, actions)
-                    await self._next(snapshot.revision, wake_after)
+                    await self._next(snapshot.revision, wake_after, spent=self._clock.monotonic() - begun)
         finally:
             self._unplaced, self._warnings = MappingProxyType({}), MappingProxyType({})
             logger.info("this router is the reconciler no more")
@@ -179,11 +181,11 @@ class Reconciler:
                 logger.info("forgetting %s: its node came back without it", replica.id)
                 await self._store.forget_replica(replica, leader=leadership)
 
-    async def _next(self, revision: int, wake_after: float | None) -> None:
+    async def _next(self, revision: int, wake_after: float | None, *, spent: float) -> None:
         """Return when the mesh has changed, but not at once, and when it is time anyway."""
         now = self._clock.monotonic()
         wait = self._interval_seconds if wake_after is None else min(self._interval_seconds, wake_after)
-        await asyncio.sleep(min(_BREATH_SECONDS, self._interval_seconds))
+        await asyncio.sleep(min(max(_BREATH_SECONDS, _BREATH_PER_PLAN * spent), self._interval_seconds))
         try:
             await self._mirror.wait_for(_newer_than(revision), now + max(wait, _BREATH_SECONDS))
         except TimeoutError:

@@ -4,12 +4,13 @@ Use is seen, not told: what holders publish at the times of the plans, on the cl
 its presence for a while after its last request, so a short request between two plans is seen, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, unique
 from types import MappingProxyType
 
 from localmesh.core.ids import HolderId, ModelName, ReplicaId
+from localmesh.core.records import ReplicaRecord
 from localmesh.core.snapshot import Snapshot
 
 _SELF = HolderId("self")
@@ -78,11 +79,7 @@ def observe(
         if serving:
             old = before.get(name)
             same = old if old is not None and old.replicas == len(serving) else None
-            loads = [load_of(snapshot, r.id) for r in serving]
-            used = any(in_use(snapshot, r.id) for r in serving)
-            full = all(load >= r.limit for load, r in zip(loads, serving, strict=True))
-            limits = sorted(r.limit for r in serving)
-            spare = len(serving) > 1 and sum(loads) <= config.spare_part * sum(limits[:-1])
+            used, full, spare = _load(snapshot, serving, config)
             busy = full or (used and not spare and waiting.get(name, 0) > 0)
             found[name] = Usage(
                 replicas=len(serving),
@@ -91,6 +88,18 @@ def observe(
                 spare_since=_since(spare, same.spare_since if same is not None else None, now),
             )
     return MappingProxyType(found)
+
+
+def _load(snapshot: Snapshot, serving: Sequence[ReplicaRecord], config: AutoscaleConfig) -> tuple[bool, bool, bool]:
+    """Return whether replicas are used, all at their limits, and whether one fewer would do."""
+    if not any(r.id in snapshot.inflight for r in serving):
+        return False, False, len(serving) > 1  # most models, most of the time: this is made many times a second
+    loads = [load_of(snapshot, r.id) for r in serving]
+    used = any(in_use(snapshot, r.id) for r in serving)
+    full = all(load >= r.limit for load, r in zip(loads, serving, strict=True))
+    limits = sorted(r.limit for r in serving)
+    spare = len(serving) > 1 and sum(loads) <= config.spare_part * sum(limits[:-1])
+    return used, full, spare
 
 
 def trend(usage: Usage, *, now: float, config: AutoscaleConfig) -> Trend:

@@ -197,6 +197,8 @@ def _usage(
 
 
 def _moving_since(snapshot: Snapshot, *, now: float, before: Mapping[ModelName, float]) -> Mapping[ModelName, float]:
+    if not any(approval.draining for approval in snapshot.approvals.values()):
+        return MappingProxyType({})
     models = {r.id.model for r in on_draining_nodes(snapshot, list(snapshot.all_replicas()))}
     return MappingProxyType({model: before.get(model, now) for model in sorted(models)})
 
