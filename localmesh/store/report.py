@@ -92,10 +92,10 @@ class Reporting(Remembering):
         """T7: the process and all its children are gone: delete the record and give the memory back.
 
         IF the replica is that placement under that incarnation, and it and its devices are as just read, THEN delete
-        replica, progress and its own count, and remove its claims, or hand them to the replica that T3 named. With
-        `failure` what went wrong is remembered, IF what is remembered of the model there is as just read, too: it keeps
-        the model away for a while that grows each time. One that is gone already, or that was placed again since,
-        changes nothing. An unknown outcome is settled by the absence of the record.
+        replica, progress and its own count, and remove its claims, or hand them to the replica that T3 named, unless
+        that is there already. With `failure` what went wrong is remembered, IF what is remembered of the model there
+        is as just read, too: it keeps the model away for a while that grows each time. One that is gone already, or
+        that was placed again since, changes nothing. An unknown outcome is settled by the absence of the record.
 
         Args:
             replica: The record as the snapshot shows it.
@@ -188,9 +188,14 @@ class Reporting(Remembering):
         self, stored: StoredReplica, devices: list[StoredDevice], compare: Sequence[t.Compare], more: Sequence[t.Op]
     ) -> bool:
         """Delete a replica and its claims; return False if something was not as read."""
-        replica = stored.record
+        replica, heir = stored.record, stored.record.memory_for
+        if heir is not None:
+            # One that is there already has what it needs: more would be nobody's.
+            there = await self.read_key(self.keys.replica(heir))
+            as_read = t.create(self.keys.replica(heir)) == (there.create_revision if there is not None else 0)
+            heir, compare = heir if there is None else None, [*compare, as_read]
         for device in devices:
-            codec.drop_claim(device.message, replica.id, heir=replica.memory_for)
+            codec.drop_claim(device.message, replica.id, heir=heir)
 
         async def settle_by_absence() -> KeyValue | None:
             now = await self.read_key(stored.key)

@@ -150,3 +150,15 @@ async def test_what_a_record_claims_is_not_taken_back(kit: Kit) -> None:
     before = (await kit.load()).devices[N][CPU]
     assert not await kit.store.take_back_claims(a.id, [CPU])
     assert (await kit.load()).devices[N][CPU] == before
+
+
+async def test_an_heir_that_came_by_itself_is_given_nothing_more(kit: Kit) -> None:
+    """F36; invariant 6: a claim above what the record says would be nobody's, for as long as the heir lives."""
+    a, b = await full(kit)
+    assert await kit.store.evict(await decision(kit, a))
+    await kit.store.exited(b)
+    await kit.place(HEIR, gib=2)
+    victim = (await kit.load()).replica(a.id)
+    assert victim is not None
+    await kit.store.exited(victim)
+    assert dict((await kit.load()).devices[N][CPU].claims) == {HEIR: 2 * GIB}

@@ -41,6 +41,22 @@ def test_an_orderly_life_breaks_nothing() -> None:
     assert leftovers(changes) == []
 
 
+def test_memory_that_is_handed_over_breaks_nothing() -> None:
+    """F36."""
+    leaving = pb.Replica(state=6, devices={"cpu": 12}, incarnation=7, memory_for="o/n/0")
+    heir = pb.Replica(state=1, devices={"cpu": 7}, incarnation=7)
+    changes = history(
+        BEGUN,
+        {f"replicas/{R}": replica(4, 12), "devices/n/cpu": device(m_0=12)},
+        {f"replicas/{R}": Key(leaving.SerializeToString(), 5, 1)},
+        {f"replicas/{R}": None, "devices/n/cpu": device(o_0=12)},
+        {"replicas/o/n/0": Key(heir.SerializeToString(), 5, 1), "devices/n/cpu": device(o_0=7)},
+    )
+    assert violations(changes) == []
+    assert leftovers(changes) == []
+    assert leftovers(changes[:4])  # nobody came for it
+
+
 def test_a_placement_beyond_the_budget_is_found() -> None:
     """Invariant 1."""
     changes = history(BEGUN, {f"replicas/{R}": replica(1, 101), "devices/n/cpu": device(m_0=101)})
