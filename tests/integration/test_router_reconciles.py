@@ -6,9 +6,10 @@ import grpc
 import pytest
 
 from localmesh.core.errors import ModelNotFound
-from localmesh.core.ids import ReplicaId
-from localmesh.core.records import Policy
+from localmesh.core.ids import ModelName, ReplicaId
+from localmesh.core.records import FailureRecord, Policy
 from localmesh.rpc.errors import from_rpc_error
+from localmesh.scheduling.failures import FailurePolicy
 from localmesh.scheduling.reconcile import ReconcileConfig
 from tests.integration.router_kit import MIB, FakeNode, RouterMesh, declare, eventually, ready, router_mesh
 
@@ -176,3 +177,29 @@ async def test_ten_cold_models_at_once_on_two_nodes_all_come_up(etcd_endpoint: s
             calls = [group.create_task(mesh.call(router, name, timeout=60.0)) for name in names]
         assert sorted(call.result().split("/")[0] for call in calls) == sorted(names)
         assert [len(node.replicas) for node in nodes] == [5, 5]
+
+
+async def test_a_model_that_dies_again_and_again_is_left_alone_until_its_pause_is_over(
+    etcd_endpoint: str, mesh_name: str
+) -> None:
+    """F42: a minimum is no reason to crash for ever; an edit is tried at once."""
+    policy = FailurePolicy(first_seconds=60, deaths=2)
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        node = await mesh.node("a")
+        await mesh.router()
+        await declare(mesh.store, "tiny", Policy(min_replicas=1))
+        for _ in range(2):
+            now = await eventually(mesh.mirror, lambda s: ready(s, "tiny"))
+            [record] = ready(now, "tiny")
+            failure = FailureRecord(
+                model=record.id.model, node=node.name, reason="REPLICA_LOST", message="x", revision=record.revision
+            )
+            await node.replicas.pop(record.id).stop()
+            await mesh.store.exited(record, failure=failure, died=True, policy=policy)
+            await eventually(mesh.mirror, lambda s, gone=record: s.replica(gone.id) != gone)
+        assert node.loads["tiny"] == 2
+        kept = await eventually(mesh.mirror, lambda s: s.failures.get(ModelName("tiny")))
+        assert not list(kept.replicas_of(ModelName("tiny")))
+        await declare(mesh.store, "tiny", Policy(min_replicas=1), context_tokens=64)
+        await eventually(mesh.mirror, lambda s: ready(s, "tiny"))
+        assert node.loads["tiny"] == 3
