@@ -8,7 +8,7 @@ import pytest
 
 from localmesh.core.ids import ModelName, NodeName, ReplicaId
 from localmesh.etcd import find_etcd
-from localmesh.testing import for_model
+from localmesh.testing import for_model, tiny_spec
 from localmesh.v1 import inference_service_pb2 as pb
 from localmesh.v1 import registry_service_pb2 as registry_pb
 from localmesh.v1 import types_pb2 as types
@@ -168,10 +168,13 @@ async def test_after_a_throw_away_etcd_the_desired_state_is_applied_again(
 async def test_a_stream_that_breaks_is_never_taken_for_a_whole_one(serving_mesh, etcd_environment) -> None:
     """F17: a stream whose replica is killed ends with a failure, not with a short text."""
     async with serving_mesh(etcd_environment) as mesh:
-        pids = [await mesh.replica_pid(ReplicaId(ModelName("tiny"), NodeName(n), 0)) for n in ("alpha", "beta")]
-        sampling = pb.SamplingOptions(max_tokens=200, temperature=0)
+        # A text so long that it takes a second at least, to be killed at its first word.
+        await mesh.apply(tiny_spec("long", context_tokens=2048), min_replicas=2, max_replicas=2)
+        await mesh.routable("long", 2)
+        pids = [await mesh.replica_pid(ReplicaId(ModelName("long"), NodeName(n), 0)) for n in ("alpha", "beta")]
+        sampling = pb.SamplingOptions(max_tokens=2000, temperature=0)
         request = pb.StreamGenerateRequest(prompt="The function returns", sampling=sampling)
-        pieces = aiter(mesh.inference.StreamGenerate(request, metadata=for_model("tiny"), timeout=60))
+        pieces = aiter(mesh.inference.StreamGenerate(request, metadata=for_model("long"), timeout=60))
         first = await anext(pieces)
         assert first.text
         assert not first.finish_reason
