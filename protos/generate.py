@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the generated Python code from the protos into a checkout: python protos/generate.py [ROOT].
 
-The code is committed; tests/unit/test_generated_code.py generates it again elsewhere and compares. ROOT is the folder
+The code is committed; tests/gates/test_static_checks.py generates it again elsewhere and compares. ROOT is the folder
 that holds (or shall hold) the package `localmesh`; it is this checkout unless told otherwise.
 """
 

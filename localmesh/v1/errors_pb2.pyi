@@ -59,7 +59,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: "model", "engine".
     """
     ERROR_REASON_NO_NODES: _ErrorReason.ValueType  # 23
-    """The mesh has no live node. Status: UNAVAILABLE. Retry: later."""
+    """The mesh has no live node. Status: UNAVAILABLE. Retry: later. Metadata: "model" where one was to be placed."""
     ERROR_REASON_MODEL_LOADING: _ErrorReason.ValueType  # 24
     """The model is loading and the caller was held as long as it may be. Status: UNAVAILABLE. Retry: yes, after
     google.rpc.RetryInfo. Metadata: "model", "state", "phase", "done_bytes", "total_bytes".
@@ -94,10 +94,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Others changed the same thing at the same time, again and again. Status: ABORTED. Retry: yes."""
     ERROR_REASON_SCHEMA_UNSUPPORTED: _ErrorReason.ValueType  # 62
     """The store was written by a version that this one does not understand. Status: FAILED_PRECONDITION. Retry: no.
-    Metadata: "stored", "supported".
+    Metadata: "stored", its version, and "oldest", the oldest version that may read it, where they can be read.
     """
     ERROR_REASON_COMPONENT_UNREACHABLE: _ErrorReason.ValueType  # 63
-    """The registry or the router cannot be reached. Status: UNAVAILABLE. Retry: yes, later. Metadata: "endpoint"."""
+    """A registry, a router or a node's worker cannot be reached. Status: UNAVAILABLE. Retry: yes, later. Metadata: "endpoint"."""
     ERROR_REASON_NODE_PENDING: _ErrorReason.ValueType  # 80
     """The node waits for approval. Status: FAILED_PRECONDITION. Retry: later. Metadata: "node"."""
     ERROR_REASON_NODE_NAME_TAKEN: _ErrorReason.ValueType  # 81
@@ -176,7 +176,7 @@ ERROR_REASON_ENGINE_UNAVAILABLE: ErrorReason.ValueType  # 22
 Metadata: "model", "engine".
 """
 ERROR_REASON_NO_NODES: ErrorReason.ValueType  # 23
-"""The mesh has no live node. Status: UNAVAILABLE. Retry: later."""
+"""The mesh has no live node. Status: UNAVAILABLE. Retry: later. Metadata: "model" where one was to be placed."""
 ERROR_REASON_MODEL_LOADING: ErrorReason.ValueType  # 24
 """The model is loading and the caller was held as long as it may be. Status: UNAVAILABLE. Retry: yes, after
 google.rpc.RetryInfo. Metadata: "model", "state", "phase", "done_bytes", "total_bytes".
@@ -211,10 +211,10 @@ ERROR_REASON_CONFLICT: ErrorReason.ValueType  # 61
 """Others changed the same thing at the same time, again and again. Status: ABORTED. Retry: yes."""
 ERROR_REASON_SCHEMA_UNSUPPORTED: ErrorReason.ValueType  # 62
 """The store was written by a version that this one does not understand. Status: FAILED_PRECONDITION. Retry: no.
-Metadata: "stored", "supported".
+Metadata: "stored", its version, and "oldest", the oldest version that may read it, where they can be read.
 """
 ERROR_REASON_COMPONENT_UNREACHABLE: ErrorReason.ValueType  # 63
-"""The registry or the router cannot be reached. Status: UNAVAILABLE. Retry: yes, later. Metadata: "endpoint"."""
+"""A registry, a router or a node's worker cannot be reached. Status: UNAVAILABLE. Retry: yes, later. Metadata: "endpoint"."""
 ERROR_REASON_NODE_PENDING: ErrorReason.ValueType  # 80
 """The node waits for approval. Status: FAILED_PRECONDITION. Retry: later. Metadata: "node"."""
 ERROR_REASON_NODE_NAME_TAKEN: ErrorReason.ValueType  # 81

@@ -196,7 +196,7 @@ class GetModelResponse(_message.Message):
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LoadFailure]:
-        """Loads that failed lately."""
+        """Nodes that the model is kept away from, because it went wrong there lately."""
 
     def __init__(
         self,

@@ -287,6 +287,7 @@ class RegistryServiceServicer(object):
     def Deregister(self, request, context):
         """Ends a registration at once, instead of by time-out. Claims of replicas that the worker no longer runs are given
         back.
+        Errors: ERROR_REASON_INCARNATION_LOST when it has ended already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -885,7 +886,8 @@ class RegistryService(object):
 
 
 class EnrollmentServiceStub(object):
-    """Lets a new machine in. Served on a port of its own, with server TLS only, while `up --listen` runs.
+    """Lets a new machine in. Served by a registry on a port of its own, with server TLS only, where it is given one (`up
+    --listen` does so).
     """
 
     def __init__(self, channel):
@@ -902,7 +904,8 @@ class EnrollmentServiceStub(object):
 
 
 class EnrollmentServiceServicer(object):
-    """Lets a new machine in. Served on a port of its own, with server TLS only, while `up --listen` runs.
+    """Lets a new machine in. Served by a registry on a port of its own, with server TLS only, where it is given one (`up
+    --listen` does so).
     """
 
     def Enroll(self, request, context):
@@ -930,7 +933,8 @@ def add_EnrollmentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EnrollmentService(object):
-    """Lets a new machine in. Served on a port of its own, with server TLS only, while `up --listen` runs.
+    """Lets a new machine in. Served by a registry on a port of its own, with server TLS only, where it is given one (`up
+    --listen` does so).
     """
 
     @staticmethod

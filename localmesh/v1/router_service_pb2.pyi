@@ -754,7 +754,7 @@ class ExplainPlacementResponse(_message.Message):
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LoadFailure]:
-        """Loads of the model that failed lately."""
+        """Nodes that the model is kept away from, because it went wrong there lately."""
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -93,7 +93,7 @@ class RouterServiceServicer(object):
         change and at least every second; the last has "ready" set and ends the stream. When the caller leaves, the load
         goes on.
         Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_NO_CAPACITY, ERROR_REASON_SOURCE_MISSING,
-        ERROR_REASON_ENGINE_UNAVAILABLE, ERROR_REASON_LOAD_FAILED.
+        ERROR_REASON_ENGINE_UNAVAILABLE, ERROR_REASON_NO_NODES, ERROR_REASON_LOAD_FAILED, ERROR_REASON_STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +112,8 @@ class RouterServiceServicer(object):
         and nodes that come back are joined to a stream that follows. No line is left out or sent twice between the two
         parts, nor when the connection to a node breaks meanwhile.
         Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_NODE_NOT_FOUND, ERROR_REASON_REPLICA_NOT_FOUND when there is no
-        line and no replica of that name and nothing to come was asked for.
+        line and no replica of that name and nothing to come was asked for, ERROR_REASON_COMPONENT_UNREACHABLE when no worker
+        answers then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,7 +162,7 @@ class RouterServiceServicer(object):
     def ExplainPlacement(self, request, context):
         """Why the next replica of a model would go where it would go, and why not elsewhere, or why it cannot go anywhere: by
         the same rules as the placement itself, on what this router knows. Changes nothing.
-        Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_INVALID_SPEC.
+        Errors: ERROR_REASON_MODEL_NOT_FOUND, ERROR_REASON_INVALID_SPEC, ERROR_REASON_INVALID_REQUEST.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

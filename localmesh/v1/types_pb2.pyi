@@ -73,7 +73,7 @@ class _NodeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeState.V
     NODE_STATE_LIVE: _NodeState.ValueType  # 2
     """Present and approved."""
     NODE_STATE_CORDONED: _NodeState.ValueType  # 3
-    """Present; keeps what it has, gets nothing new."""
+    """Present; keeps what it has, gets no new replicas and requests."""
     NODE_STATE_DRAINING: _NodeState.ValueType  # 4
     """Present; what it has is moved away and stopped."""
     NODE_STATE_GONE: _NodeState.ValueType  # 5
@@ -89,7 +89,7 @@ NODE_STATE_PENDING: NodeState.ValueType  # 1
 NODE_STATE_LIVE: NodeState.ValueType  # 2
 """Present and approved."""
 NODE_STATE_CORDONED: NodeState.ValueType  # 3
-"""Present; keeps what it has, gets nothing new."""
+"""Present; keeps what it has, gets no new replicas and requests."""
 NODE_STATE_DRAINING: NodeState.ValueType  # 4
 """Present; what it has is moved away and stopped."""
 NODE_STATE_GONE: NodeState.ValueType  # 5
@@ -234,7 +234,10 @@ class LoadParameters(_message.Message):
     """
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Engine-specific options. For the engine "process" they become backend.ModelOptions.Options as "key:value"."""
+        """Engine-specific options. For the engine "process" one that is called like a field of backend.ModelOptions sets that
+        field, "start_seconds", "load_seconds", "stop_seconds" and "hang_seconds" bound what the backend may take, and all
+        others become ModelOptions.Options as "key:value".
+        """
 
     def __init__(
         self,
@@ -408,7 +411,7 @@ class PlacementPolicy(_message.Message):
     min_replicas: _builtins.int
     """Replicas kept alive at all times, also before the first request. Default 0."""
     max_replicas: _builtins.int
-    """Replicas at most. 0 means no limit but that of the nodes."""
+    """Replicas at most, also under load, which brings more. 0 means no limit but that of the nodes."""
     rollout: Global___Rollout.ValueType
     """How an edit of the model rolls in."""
     spread_all: _builtins.bool
@@ -799,7 +802,7 @@ class LoadProgress(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
-    """"staging", "starting" or "loading"."""
+    """"staging", "starting", "converting" or "loading"; more may be added."""
     done_bytes: _builtins.int
     """Bytes done."""
     total_bytes: _builtins.int
@@ -906,7 +909,9 @@ Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class LoadFailure(_message.Message):
-    """A load that failed. The node is not tried again before the record expires."""
+    """A load that failed, or a replica that died again and again after it was ready. The node is not tried again before the
+    record expires.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -925,7 +930,9 @@ class LoadFailure(_message.Message):
     message: _builtins.str
     """What happened, with the engine's last words."""
     attempts: _builtins.int
-    """How often in a row the model has failed there, this time included. The pause before the next try grows with it."""
+    """How often in a row the load has failed there, or how many replicas have died there, this time included. The pause
+    before the next try grows with it.
+    """
     revision: _builtins.str
     """The revision of the model that failed: an edit is tried at once."""
     def __init__(
