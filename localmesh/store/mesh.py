@@ -21,7 +21,7 @@ _LOAD_TRIES = 3
 class MeshStore(Membership, Placing, Unloading, Reporting, Desired, Oversight, Guarding):
     """All transactions of one mesh. Stateless, and safe for any number of tasks at once.
 
-    Every method is one documented transaction of DESIGN.md section 4 and says what it compares, what it writes, and how
+    Every method is one documented transaction and says what it compares, what it writes, and how
     an unknown outcome is settled. Every update of a leased key keeps its lease, and the fields of its value that this
     version does not know.
     """
