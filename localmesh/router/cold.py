@@ -15,7 +15,7 @@ from localmesh.core.errors import (
     PlacementFailed,
 )
 from localmesh.core.ids import ModelName
-from localmesh.core.records import ReplicaRecord
+from localmesh.core.records import ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
 from localmesh.router.placer import Placer
 from localmesh.router.room import Room, RoomMaker
@@ -48,6 +48,9 @@ class ColdLoader:
         clock: The time.
         spawn: Runs a coroutine in the router's task group: a load outlives the request that began it.
         patience_seconds: How long a load waits for room that is about to come free before it is given up.
+        return_seconds: How long it waits for a node that has just fallen silent with a replica that served. After etcd
+            or the registry was away for a moment the node is back at once, and a second copy would be for nothing.
+        lost: Whether a replica was seen lost, so that there is nothing to wait for.
         failed: Told when a load has failed, with the reason.
     """
 
@@ -60,6 +63,8 @@ class ColdLoader:
         clock: Clock,
         spawn: Callable[[Coroutine[Any, Any, None], str], None],
         patience_seconds: float,
+        return_seconds: float,
+        lost: Callable[[ReplicaRecord], bool],
         failed: Callable[[ModelName, MeshError], None],
     ) -> None:
         self._mirror = mirror
@@ -68,6 +73,8 @@ class ColdLoader:
         self._clock = clock
         self._spawn = spawn
         self._patience_seconds = patience_seconds
+        self._return_seconds = return_seconds
+        self._lost = lost
         self._failed = failed
         self._loads: dict[ModelName, Load] = {}
         self._short_of: dict[ModelName, PlacementFailed] = {}
@@ -110,7 +117,8 @@ class ColdLoader:
             self._failed(model, error)
 
     async def _until_routable(self, model: ModelName) -> None:
-        give_up = self._clock.monotonic() + self._patience_seconds
+        began = self._clock.monotonic()
+        give_up = began + self._patience_seconds
         placed = 0
         while True:
             snapshot = self._mirror.snapshot
@@ -119,6 +127,9 @@ class ColdLoader:
                 return
             if coming(snapshot, model):
                 await self._change(lambda s: is_routable(s, model) or not coming(s, model))
+                continue
+            if self._may_return(snapshot, model) and self._clock.monotonic() < began + self._return_seconds:
+                await self._change(lambda s: is_routable(s, model) or not self._may_return(s, model))
                 continue
             if placed == _MOST_PLACEMENTS:
                 raise failure_of(snapshot, model) or LoadFailed(
@@ -139,6 +150,12 @@ class ColdLoader:
                     raise failure_of(self._mirror.snapshot, model) or reason from None
                 await asyncio.sleep(_BREATH_SECONDS)
                 await self._change(_newer_than(snapshot.revision))
+
+    def _may_return(self, snapshot: Snapshot, model: ModelName) -> bool:
+        return any(
+            replica.state is ReplicaState.READY and not snapshot.present(replica) and not self._lost(replica)
+            for replica in snapshot.replicas_of(model)
+        )
 
     async def _room_for(self, model: ModelName, error: PlacementFailed) -> Room:
         if not isinstance(error, NoCapacity) or failure_of(self._mirror.snapshot, model) is not None:

@@ -18,6 +18,8 @@ class RouterConfig:
     version: str = ""
     hold_seconds: float = 60.0
     """How long a caller is held at most, for a slot or while its model loads."""
+    return_seconds: float = 3.0
+    """How long a request waits for a node that has just fallen silent, before its model is loaded elsewhere."""
     max_waiting_per_model: int = 1000
     """Callers held at once for one model; more are refused at once."""
     many_holders: int = 5

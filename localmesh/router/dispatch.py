@@ -173,6 +173,10 @@ class Dispatcher:
         """Do not pick the replica for a while, unless its record changes."""
         self._ejections.eject(replica, until=self._clock.monotonic() + seconds)
 
+    def ejected(self, replica: ReplicaRecord) -> bool:
+        """Whether the replica is not picked at present, because it was seen lost."""
+        return self._ejections.ejected(replica, now=self._clock.monotonic())
+
     def fail(self, model: ModelName, error: MeshError) -> None:
         """End the wait of all who wait for the model."""
         for waiter in list(self._queues.get(model, ())):

@@ -84,6 +84,8 @@ class Router:
             clock=clock,
             spawn=self._spawn,
             patience_seconds=config.hold_seconds,
+            return_seconds=config.return_seconds,
+            lost=self._dispatcher.ejected,
             failed=self._dispatcher.fail,
         )
         self._reconciler = Reconciler(

@@ -170,6 +170,37 @@ async def test_a_node_that_dies_while_it_loads_is_replaced_by_another(etcd_endpo
         assert call.result() == "tiny/b/0"
 
 
+async def test_a_node_that_is_silent_for_a_moment_is_waited_for(etcd_endpoint: str, mesh_name: str) -> None:
+    """F4: after etcd or the registry was away, what ran is taken over, and no second copy was loaded meanwhile."""
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        model = await declare(mesh.store, "tiny")
+        nodes = {f"tiny/{name}/0": await mesh.node(name) for name in ("a", "b")}
+        router = await mesh.router(return_seconds=30.0)
+        served = await mesh.call(router, "tiny")
+        await nodes[served].fall_silent()
+        await eventually(mesh.mirror, lambda s: nodes[served].name not in s.nodes)
+        async with asyncio.TaskGroup() as group:
+            call = group.create_task(mesh.call(router, "tiny", timeout=60.0))
+            async with asyncio.timeout(10):
+                while not router.waiting(model):
+                    await asyncio.sleep(0.01)
+            await nodes[served].register()
+        assert call.result() == served
+        assert [str(r.id) for r in mesh.mirror.snapshot.replicas_of(model)] == [served]
+
+
+async def test_a_node_that_stays_silent_is_not_waited_for_long(etcd_endpoint: str, mesh_name: str) -> None:
+    """F5: a request is served by another node, long before the reconciler takes the silent one for dead."""
+    async with router_mesh(etcd_endpoint, mesh_name) as mesh:
+        await declare(mesh.store, "tiny")
+        nodes = {f"tiny/{name}/0": await mesh.node(name) for name in ("a", "b")}
+        router = await mesh.router(return_seconds=0.2)
+        served = await mesh.call(router, "tiny")
+        await nodes[served].fall_silent()
+        await eventually(mesh.mirror, lambda s: nodes[served].name not in s.nodes)
+        assert await mesh.call(router, "tiny", timeout=60.0) in nodes.keys() - {served}
+
+
 async def test_ensure_loaded_tells_how_the_load_goes_and_ends_when_it_serves(
     etcd_endpoint: str, mesh_name: str
 ) -> None:
