@@ -307,8 +307,8 @@ class ModelSpec(_message.Message):
     name: _builtins.str
     """Name under which it is called: 1 to 128 characters of [A-Za-z0-9._:-], starting with a letter or a digit."""
     backend: _builtins.str
-    """Engine: "llama" (GGUF), "minilm" (sentence embeddings) or "process:NAME", a foreign backend in the folder NAME
-    of each node's backends folder.
+    """Engine: "llama" (GGUF), "minilm" (sentence embeddings) or "process:NAME", a foreign backend that was
+    installed on nodes under that name, or lies in the folder NAME of their backends folder.
     """
     source: _builtins.str
     """Where the weights are: a path relative to each node's models folder, or "pip:PACKAGE[/PATH]", a file or folder
