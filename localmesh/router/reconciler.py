@@ -177,8 +177,8 @@ class Reconciler:
             case Unload(replica=replica, why=why):
                 if await self._store.unload_replica(replica, leader=leadership):
                     logger.info("unloading %s: %s", replica.id, why)
-            case Forget(replica=replica):
-                logger.info("forgetting %s: its node came back without it", replica.id)
+            case Forget(replica=replica, why=why):
+                logger.info("forgetting %s: %s", replica.id, why)
                 await self._store.forget_replica(replica, leader=leadership)
 
     async def _next(self, revision: int, wake_after: float | None, *, spent: float) -> None:

@@ -4,11 +4,12 @@ import difflib
 
 from localmesh.core.errors import EngineUnavailable, LoadFailed, MeshError, ModelLoading, ModelNotFound, SourceMissing
 from localmesh.core.ids import ModelName
-from localmesh.core.records import FailureRecord, ReplicaRecord, ReplicaState
+from localmesh.core.records import FailureRecord, ModelSpec, ReplicaRecord, ReplicaState
 from localmesh.core.snapshot import Snapshot
+from localmesh.scheduling.failures import FailurePolicy
 
 FAILURE_RETRY_SECONDS = 15.0
-"""When a model that could not be loaded is worth another try."""
+"""When a model whose replicas were gone before they were ready is worth another try."""
 
 
 def require_model(snapshot: Snapshot, model: ModelName) -> None:
@@ -49,17 +50,20 @@ def failure_of(snapshot: Snapshot, model: ModelName) -> MeshError | None:
     if record is None:
         return None
     failures = [f for f in snapshot.failures.get(model, {}).values() if f.revision in ("", record.revision)]
-    return _as_error(failures[0]) if failures else None
+    return _as_error(failures[0], record.spec) if failures else None
 
 
-def _as_error(failure: FailureRecord) -> MeshError:
+def _as_error(failure: FailureRecord, spec: ModelSpec) -> MeshError:
     kinds: dict[str, type[MeshError]] = {kind.reason: kind for kind in (SourceMissing, EngineUnavailable)}
     kind = kinds.get(failure.reason, LoadFailed)
     return kind(
         f"the model {failure.model!r} could not be loaded on node {failure.node!r}: {failure.message}",
-        retry_after_seconds=FAILURE_RETRY_SECONDS,
+        # What is left of the pause is not in the record: this is the whole of it.
+        retry_after_seconds=FailurePolicy().pause_seconds(failure.attempts),
         model=failure.model,
         node=failure.node,
+        source=spec.source,
+        engine=spec.backend,
     )
 
 

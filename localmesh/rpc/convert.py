@@ -22,7 +22,7 @@ from localmesh.core.records import (
 from localmesh.core.snapshot import Snapshot
 from localmesh.v1 import types_pb2 as pb
 
-_BACKEND: Final = re.compile(r"llama|minilm|process:[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BACKEND: Final = re.compile(r"llama|minilm|process:[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _GROUP: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _CACHE_TYPES: Final = ("", "f16", "q8_0", "q4_0")
 _DEVICE_KINDS: Final = ("", "cpu", "gpu")

@@ -128,8 +128,8 @@ class EnrollmentServicer(registry_service_pb2_grpc.EnrollmentServiceServicer):
         authority: Signs.
         join_secrets: Says who may come in.
         registries: Addresses that the newcomer shall use.
-        admit: Called with the node's name and the DER public key before anything is signed; raises NodeNameTaken where
-            the name belongs to another key.
+        admit: Called with the node's name and the DER public key before anything is handed out; raises NodeNameTaken
+            where the name belongs to another key.
     """
 
     def __init__(

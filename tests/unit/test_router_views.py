@@ -86,8 +86,10 @@ def test_a_failure_is_told_in_the_words_of_the_engine() -> None:
     assert isinstance(error, LoadFailed)
     assert "bad magic" in str(error)
     assert error.metadata["node"] == "a"
-    assert error.retry_after_seconds
-    assert isinstance(failure_of(_failing(reason="SOURCE_MISSING"), M), SourceMissing)
+    assert error.retry_after_seconds == 10
+    missing = failure_of(_failing(reason="SOURCE_MISSING"), M)
+    assert isinstance(missing, SourceMissing)
+    assert missing.metadata["source"]
 
 
 def test_the_failure_of_an_older_revision_says_nothing_of_this_one() -> None:
