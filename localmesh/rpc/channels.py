@@ -25,7 +25,8 @@ DEFAULT_CHANNEL_OPTIONS: Final[Mapping[str, int]] = MappingProxyType(
         "grpc.http2.max_pings_without_data": 0,
         # A replica that comes back is used within a second.
         "grpc.initial_reconnect_backoff_ms": 100,
-        "grpc.min_reconnect_backoff_ms": 100,
+        # Also how long an attempt to connect may take: a busy peer is not a dead one.
+        "grpc.min_reconnect_backoff_ms": 1_000,
         "grpc.max_reconnect_backoff_ms": 1_000,
         # What is retried, and where, is decided by us: see localmesh.rpc.proxy.
         "grpc.enable_retries": 0,
